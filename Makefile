@@ -1,0 +1,64 @@
+# Everything a user or a continuous-integration job needs; `make help` lists it.
+# Paths are relative, so that a checkout whose path has spaces works.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+VENV   := .venv
+PYTHON := $(VENV)/bin/python
+SOURCES := $(shell find coordinator vcpu devhost blockd -name '*.[ch]' -o -name '*.tab' \
+             -o -name 'build_*.py' -o -name 'optable*.py' 2>/dev/null)
+
+# Options for the demo and the benchmark, e.g. make demo ARGS=--keep
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test bench lint fast boots clean
+.NOTPARALLEL:
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+setup: $(VENV)/.built $(VENV)/.pieces ## virtual environment, C extensions, guest pieces from Debian
+
+$(VENV)/.installed: pyproject.toml setup.py .ci/prepare
+	@python=$$(.ci/prepare) && echo "[setup] virtual environment with $$python" && \
+	  "$$python" -m venv $(VENV)
+	@echo "[setup] Python packages and the C parts"
+	@$(PYTHON) -m pip install --disable-pip-version-check -q --progress-bar off "setuptools>=77" "cffi>=1.15" wheel
+	@$(PYTHON) -m pip install --disable-pip-version-check --progress-bar off --no-build-isolation \
+	  -e '.[test]' | sed -n 's/^\(Collecting\|Building\|Successfully installed\) */[setup]   &/p'
+	@$(PYTHON) -c 'import importlib.metadata as m; m.version("atoll")'
+	@touch $@ $(VENV)/.fresh  # the installation has just compiled everything
+
+$(VENV)/.built: $(SOURCES) | $(VENV)/.installed
+	@if [ -e $(VENV)/.fresh ]; then rm $(VENV)/.fresh; else \
+	  echo "[setup] compiling the C parts" && $(PYTHON) setup.py -q build_ext --inplace --force; fi
+	@touch $@
+
+$(VENV)/.pieces: coordinator/pieces.py | $(VENV)/.installed
+	@$(PYTHON) -m coordinator.pieces
+	@touch $@
+
+demo: setup ## boot Linux from an emulated CD-ROM with every part of the PC in its own process
+	@$(PYTHON) -m tests.system.demo $(ARGS)
+
+bench: setup ## native, QEMU TCG (where installed) and Atoll side by side
+	@$(PYTHON) -m tests.system.bench $(ARGS)
+
+test: setup ## linters, fast tests, then whole boots
+	@$(MAKE) --no-print-directory lint fast boots
+
+lint: setup ## ruff and mypy
+	@echo "[test] ruff" && $(PYTHON) -m ruff check .
+	@echo "[test] mypy" && $(PYTHON) -m mypy
+
+fast: setup ## the fast tests alone
+	@echo "[test] fast tests" && $(PYTHON) -m pytest -m "not boot" $(ARGS)
+
+boots: setup ## the tests that boot whole guests
+	@echo "[test] boots" && $(PYTHON) -m pytest -m boot $(ARGS)
+
+clean: ## remove what was built (the cache of guest pieces stays)
+	rm -rf $(VENV) build *.egg-info
+	find coordinator vcpu devhost blockd -name '*.so' -delete

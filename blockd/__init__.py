@@ -1,0 +1,1 @@
+"""The block daemon: disk images served as NBD exports."""

@@ -1,0 +1,1 @@
+"""The conductor: configuration, life and death of the other processes, control, migration."""

@@ -1,0 +1,1 @@
+"""What the processes agree on; imports nothing else of the project."""

@@ -1,0 +1,1 @@
+"""Device models and the process that serves them over the bus."""

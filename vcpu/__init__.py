@@ -1,0 +1,1 @@
+"""One virtual CPU a process: the C core and the loop around it."""
