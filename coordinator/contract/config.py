@@ -1,0 +1,130 @@
+"""What a machine is made of: the parsed command line, as every process may read it.
+
+All structs are frozen and travel by the codec. Paths are absolute; sizes are bytes.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+
+class Media(enum.Enum):
+    DISK = "disk"
+    CDROM = "cdrom"
+
+
+class Drive(msgspec.Struct, frozen=True):
+    """An IDE drive. ``index`` 0-3: primary master, primary slave, secondary master, secondary slave."""
+
+    id: str
+    index: int
+    media: Media
+    file: str | None = None
+    format: str = "raw"
+    read_only: bool = False
+    serial: str = ""
+
+
+class Rtc(msgspec.Struct, frozen=True):
+    """``base`` is utc, localtime or an ISO date; ``clock`` host or vm."""
+
+    base: str = "utc"
+    clock: str = "host"
+
+
+class DebugExit(msgspec.Struct, frozen=True):
+    """isa-debug-exit: a write ends the run with status (value << 1) | 1."""
+
+    iobase: int = 0x501
+    iosize: int = 2
+
+
+class Boot(msgspec.Struct, frozen=True):
+    """``order`` is letters of a, c, d, n; ``direct`` is True when no firmware runs."""
+
+    order: str = "cd"
+    menu: bool = False
+    direct: bool = False
+
+
+class Machine(msgspec.Struct, frozen=True):
+    """One virtual machine."""
+
+    name: str
+    vcpus: int
+    ram: int
+    drives: tuple[Drive, ...] = ()
+    serials: int = 1
+    vga: bool = True
+    rtc: Rtc = Rtc()
+    boot: Boot = Boot()
+    uuid: str = "00000000-0000-0000-0000-000000000000"
+    tsc_khz: int = 1_000_000
+    debug_exit: DebugExit | None = None
+    #: file of the VGA option ROM, handed out through the PCI ROM BAR; None with -vga none
+    vga_rom: str | None = None
+    #: guest events to trace, as given to -trace
+    trace: tuple[str, ...] = ()
+
+
+class VcpuConfig(msgspec.Struct, frozen=True):
+    """Start-up of a vCPU process. Descriptors are inherited: see coordinator/process.py."""
+
+    vm: str
+    index: int
+    runtime: str
+    parent: int
+    segment_fd: int
+    doorbell_fds: tuple[int, ...]
+    log: str | None = None
+    trace: tuple[str, ...] = ()
+
+
+class DevhostConfig(msgspec.Struct, frozen=True):
+    """Start-up of a device host."""
+
+    vm: str
+    index: int
+    runtime: str
+    parent: int
+    segment_fd: int
+    doorbell_fd: int
+    machine: Machine
+    log: str | None = None
+
+
+class Export(msgspec.Struct, frozen=True):
+    """One image that blockd serves, under the drive's id."""
+
+    id: str
+    file: str
+    format: str = "raw"
+    read_only: bool = False
+    media: Media = Media.DISK
+
+
+class BlockdConfig(msgspec.Struct, frozen=True):
+    """Start-up of the block daemon."""
+
+    vm: str
+    runtime: str
+    parent: int
+    exports: tuple[Export, ...] = ()
+    log: str | None = None
+
+
+def control_endpoint(runtime: str) -> str:
+    """Where the coordinator's ROUTER listens."""
+    return f"ipc://{runtime}/control"
+
+
+def bus_endpoint(runtime: str, host: int) -> str:
+    """Where device host ``host`` answers sync accesses."""
+    return f"ipc://{runtime}/bus{host}"
+
+
+def nbd_socket(runtime: str) -> str:
+    """The UNIX socket on which blockd serves its exports."""
+    return f"{runtime}/nbd"

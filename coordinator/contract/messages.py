@@ -1,0 +1,223 @@
+"""The closed set of messages between processes. One message a ZeroMQ frame, see codec.py.
+
+Control: every island holds a DEALER to the coordinator's ROUTER; its routing id is its role
+("vcpu0", "devhost0", "blockd"). The coordinator sends a Command, the island answers with one
+Answer of the same serial; islands send Notices on their own.
+
+Bus: every vCPU holds a DEALER to each device host's ROUTER, routing id b"vcpuN", and has at most
+one request open.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from coordinator.contract.codec import Codec
+from coordinator.contract.config import Drive, Export
+
+#: raised with every change of a message; islands of another protocol are refused at Hello
+PROTOCOL = 1
+
+SPACE_PORT = 0
+SPACE_MEMORY = 1
+SPACE_INTA = 2
+
+
+# ---- bus ----------------------------------------------------------------------------------------
+class BusRequest(msgspec.Struct, frozen=True, tag="req", array_like=True):
+    """A sync access, see ``struct io_request``. ``data`` is empty for reads."""
+
+    serial: int
+    vcpu: int
+    ticket: int
+    space: int
+    device: int
+    addr: int
+    width: int
+    count: int
+    write: bool
+    data: bytes
+
+
+class BusReply(msgspec.Struct, frozen=True, tag="rep", array_like=True):
+    """``data`` is width * count bytes for reads, empty for writes. ``hold``: not begun, ask again
+    after the coordinator has been heard (a drain is on)."""
+
+    serial: int
+    data: bytes
+    hold: bool = False
+
+
+# ---- coordinator -> island ------------------------------------------------------------------------
+class Command(msgspec.Struct, frozen=True, kw_only=True):
+    """Base: ``serial`` pairs a command with its Answer."""
+
+    serial: int
+
+
+class Run(Command, frozen=True, tag="run"):
+    """vCPU: enter the guest. Device host: resume."""
+
+
+class Stop(Command, frozen=True, tag="stop"):
+    """vCPU: stop at an instruction boundary. Device host: pause; answered when drained."""
+
+
+class Reset(Command, frozen=True, tag="reset"):
+    """Power-on state. vCPU 0 starts at the reset vector (or as loaded), others wait for SIPI."""
+
+
+class LoadCpu(Command, frozen=True, tag="loadcpu"):
+    """vCPU 0: start state of a boot without firmware. ``registers`` by name; ``mode`` is
+    "long" (64-bit boot protocol; CR3 given) or "flat32" (multiboot)."""
+
+    mode: str
+    registers: dict[str, int]
+
+
+class Quit(Command, frozen=True, tag="quit"):
+    """End in order: flush, close, exit 0."""
+
+
+class Translate(Command, frozen=True, tag="translate"):
+    """vCPU, stopped: linear to guest-physical for the monitor's ``x``; value is gpa or None."""
+
+    linear: int
+
+
+class InjectNmi(Command, frozen=True, tag="nmi"):
+    """vCPU."""
+
+
+class DescribeChip(Command, frozen=True, tag="describe"):
+    """Device host: text about ``what`` ("pic", "ioapic", "pci", "ide")."""
+
+    what: str
+
+
+class PowerButton(Command, frozen=True, tag="button"):
+    """Device host: ACPI power button."""
+
+
+class SendKeys(Command, frozen=True, tag="keys"):
+    """Device host: press the qcodes in order, release them in reverse order."""
+
+    keys: tuple[str, ...]
+    hold_ms: int = 100
+
+
+class SerialInput(Command, frozen=True, tag="serialin"):
+    """Device host: bytes for UART ``index``; answered with the number taken."""
+
+    index: int
+    data: bytes
+
+
+class Screen(Command, frozen=True, tag="screen"):
+    """Device host: the picture; value is (width, height, RGB bytes)."""
+
+
+class OpenTray(Command, frozen=True, tag="opentray"):
+    """Device host. ``force`` overrides the guest's lock; else a locked tray asks the guest (eject request)."""
+
+    drive: str
+    force: bool = False
+
+
+class CloseTray(Command, frozen=True, tag="closetray"):
+    drive: str
+
+
+class InsertMedium(Command, frozen=True, tag="insert"):
+    """Device host: blockd now exports a medium under this drive's id (``drive.file`` None: removed)."""
+
+    drive: Drive
+
+
+class OpenExport(Command, frozen=True, tag="openexport"):
+    """blockd."""
+
+    export: Export
+
+
+class CloseExport(Command, frozen=True, tag="closeexport"):
+    """blockd."""
+
+    id: str
+
+
+class QueryExports(Command, frozen=True, tag="queryexports"):
+    """blockd: value is a list of dicts (id, file, format, size, read_only, reads, writes, ...)."""
+
+
+class QueryDrives(Command, frozen=True, tag="querydrives"):
+    """Device host: value is a list of dicts (id, tray_open, locked, inserted, phase)."""
+
+
+AnyCommand = (
+    Run | Stop | Reset | LoadCpu | Quit | Translate | InjectNmi | DescribeChip | PowerButton | SendKeys | SerialInput | Screen
+    | OpenTray | CloseTray | InsertMedium | OpenExport | CloseExport | QueryExports | QueryDrives
+)
+
+
+# ---- island -> coordinator ------------------------------------------------------------------------
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """First message of an island, when it is ready to serve."""
+
+    role: str
+    pid: int
+    protocol: int = PROTOCOL
+
+
+class Answer(msgspec.Struct, frozen=True, tag="answer"):
+    """``error`` is a one-line text for the user, None when it went well."""
+
+    serial: int
+    value: Any = None
+    error: str | None = None
+
+
+class GuestReset(msgspec.Struct, frozen=True, tag="guestreset"):
+    """The guest asked for a reset; ``reason`` is QEMU's word ("guest-reset") or a port's name."""
+
+    reason: str
+
+
+class GuestShutdown(msgspec.Struct, frozen=True, tag="guestshutdown"):
+    """``reason``: "guest-shutdown" (ACPI S5), "triple-fault" or "debug-exit" with ``status``."""
+
+    reason: str
+    status: int = 0
+
+
+class SerialOutput(msgspec.Struct, frozen=True, tag="serialout"):
+    index: int
+    data: bytes
+
+
+class DebugOutput(msgspec.Struct, frozen=True, tag="debugout"):
+    """Bytes of the firmware's debug port 402h or of E9h."""
+
+    port: int
+    data: bytes
+
+
+class TrayMoved(msgspec.Struct, frozen=True, tag="tray"):
+    drive: str
+    open: bool
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """The island cannot go on; it exits after this."""
+
+    error: str
+
+
+AnyNotice = Hello | Answer | GuestReset | GuestShutdown | SerialOutput | DebugOutput | TrayMoved | Failed
+
+commands: Codec[AnyCommand] = Codec(AnyCommand)
+notices: Codec[AnyNotice] = Codec(AnyNotice)
+requests: Codec[BusRequest] = Codec(BusRequest)
+replies: Codec[BusReply] = Codec(BusReply)
