@@ -13,13 +13,13 @@ SOURCES := $(shell find coordinator vcpu devhost blockd -name '*.[ch]' -o -name 
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint fast boots clean
+.PHONY: help setup pieces demo test bench lint fast boots clean
 .NOTPARALLEL:
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
-setup: $(VENV)/.built $(VENV)/.pieces ## virtual environment, C extensions, guest pieces from Debian
+setup: $(VENV)/.built pieces ## virtual environment, C extensions, guest pieces from Debian
 
 $(VENV)/.installed: pyproject.toml setup.py .ci/prepare
 	@python=$$(.ci/prepare) && echo "[setup] virtual environment with $$python" && \
@@ -36,9 +36,8 @@ $(VENV)/.built: $(SOURCES) | $(VENV)/.installed
 	  echo "[setup] compiling the C parts" && $(PYTHON) setup.py -q build_ext --inplace --force; fi
 	@touch $@
 
-$(VENV)/.pieces: coordinator/pieces.py | $(VENV)/.installed
-	@$(PYTHON) -m coordinator.pieces
-	@touch $@
+pieces: | $(VENV)/.installed
+	@$(PYTHON) -m coordinator.pieces >/dev/null
 
 demo: setup ## boot Linux from an emulated CD-ROM with every part of the PC in its own process
 	@$(PYTHON) -m tests.system.demo $(ARGS)
