@@ -49,18 +49,22 @@ enum vector {
 
 struct cpu;
 struct uop;
-struct block;
 typedef void (*uop_fn)(struct cpu *c, const struct uop *u);
 
 /*
  * One decoded instruction. Handlers are threaded: each ends with NEXT(c, u), a tail call into the
  * following one, so a handler must not take the address of a local (the tail call would be lost);
  * put such work into a function of its own.
+ *
+ * A handler that has set arch.rip itself (far transfer, SYSCALL, task switch...) ends with a plain
+ * `return`: that is the way to the run loop, which looks at the mode again and goes on at arch.rip.
+ * Rows of the opcode table with the attribute `end` need not do that: the block ends behind them,
+ * and NEXT() leads to the run loop with rip behind the instruction.
  */
 struct uop {
     uop_fn fn;
-    uint8_t reg;     /* ModRM.reg with REX.R; byte registers: see REG8 */
-    uint8_t rm;      /* ModRM.rm with REX.B when mod = 3 */
+    uint8_t reg;     /* ModRM.reg with REX.R; of a byte operand (Gb): offset in gpr[], see REG8 */
+    uint8_t rm;      /* ModRM.rm with REX.B or the register in the opcode; likewise; RM_MEM: memory operand */
     uint8_t base, index; /* RAX..R15 or R_ZERO */
     uint8_t scale;   /* shift count 0-3 */
     uint8_t seg;     /* segment of the memory operand, override applied */
@@ -68,9 +72,10 @@ struct uop {
     uint8_t len;     /* of the instruction in bytes */
     int32_t disp;
     uint16_t ioff;   /* from the block's first byte */
-    uint16_t aux;    /* handler's own: condition, extension, host stub index */
-    uint64_t imm;    /* immediate, branch target, or pointer a handler wants */
+    uint16_t aux;    /* condition (+cc rows), host stub (host rows), second immediate (ENTER), else the row's aux= */
+    uint64_t imm;    /* immediate, sign-extended where the operand says so; branch target (rip); moffs; far pointer offset | selector << 32 */
 };
+#define RM_MEM 0xff
 #define UOP_ASZ16 0x01   /* 16-bit addresses */
 #define UOP_ASZ32 0x02   /* 32-bit addresses (neither bit: 64) */
 #define UOP_OSZ16 0x04
@@ -78,9 +83,31 @@ struct uop {
 #define UOP_LOCK 0x10
 #define UOP_REP 0x20     /* F3 */
 #define UOP_REPNE 0x40   /* F2 */
-#define UOP_REX 0x80     /* byte registers 4-7 are SPL BPL SIL DIL */
+#define UOP_REX 0x80     /* there was a REX prefix */
 
 #define NEXT(c, u) return (u)[1].fn((c), (u) + 1)
+
+/* Translated code from rip on; block.c owns it. */
+struct block {
+    uint64_t rip;                     /* of its first byte */
+    uint64_t offset;                  /* of its first byte in guest memory */
+    uint64_t offset2;                 /* page-aligned, of the second page where the (only) instruction straddles; else SEG_NO_OFFSET */
+    struct block *hash_next;
+    struct block *page_next;          /* blocks that begin in the same page */
+    uint32_t limit;                   /* CS limit it was decoded with; only for segmented code */
+    uint16_t mode;                    /* MODE_* */
+    uint16_t count;                   /* instructions */
+    uint16_t bytes, uops;
+    uint32_t dropped;
+    struct uop u[];
+};
+
+/* What a block depends on besides its bytes. */
+#define MODE_64 0x1      /* 64-bit mode */
+#define MODE_D 0x2       /* CS.D: 32-bit code */
+#define MODE_FLAT 0x4    /* 64-bit mode, or CS DS ES SS with base 0 and limit 4 GiB */
+#define MODE_SINGLE 0x8  /* one instruction a block */
+#define MODE_USER 0x10   /* CPL 3: in the jump cache's key only */
 
 /* ---- TLB ---- */
 #define TLB_BITS 10
@@ -90,12 +117,15 @@ struct tlb_entry {
     uint64_t read, write, exec; /* linear page address for which a direct access is allowed, or TLB_INVALID */
     uint64_t addend;            /* host address = linear + addend */
 };
-/* Which of the TLBs is in force (c->tlb) follows CPL and, with CR4.SMAP, RFLAGS.AC; mmu_set_mode() picks it. */
-enum { TLB_SUPER, TLB_SUPER_AC, TLB_USER, TLB_MODES };
+/* Which of the TLBs is in force (c->tlb) follows CPL and, with CR4.SMAP, RFLAGS.AC; mmu_set_mode() picks it.
+ * TLB_CHECKED is never filled: every access takes the slow path (alignment checks, data breakpoints). */
+enum { TLB_SUPER, TLB_SUPER_AC, TLB_USER, TLB_CHECKED, TLB_MODES };
 
-/* ---- lazy flags: the status flags follow from result and operands of the last ALU operation ---- */
-enum lazy_op { LAZY_NONE /* rflags is exact */, LAZY_ADD, LAZY_ADC, LAZY_SUB, LAZY_SBB, LAZY_LOGIC, LAZY_INC, LAZY_DEC,
-               LAZY_SHL, LAZY_SHR, LAZY_SAR, LAZY_MUL, LAZY_OPS };
+/* ---- lazy flags (flags.h): the status flags follow from result and operands of the last ALU operation.
+ * c->lazy = enum lazy_op << 2 | log2(operand bytes) ---- */
+enum lazy_op { LAZY_NONE /* rflags is exact */, LAZY_ADD, LAZY_ADC /* carry in was 1 */, LAZY_SUB, LAZY_SBB /* borrow in was 1 */,
+               LAZY_LOGIC, LAZY_INC /* INC, DEC: CF is the one in rflags */, LAZY_DEC,
+               LAZY_SHL /* a = operand, b = count > 0 */, LAZY_SHR, LAZY_SAR, LAZY_MUL /* b = CF and OF */, LAZY_OPS };
 
 struct cpu {
     union {
@@ -105,10 +135,10 @@ struct cpu {
     /* -- hot -- */
     struct tlb_entry *tlb;            /* the array in force */
     struct block *block;              /* executing */
-    uint64_t block_rip;               /* rip of its first byte */
     uint64_t lazy_result, lazy_a, lazy_b; /* values are kept zero-extended to 64 bits */
-    uint32_t lazy_op;                 /* enum lazy_op */
-    uint32_t lazy_size;               /* operand bytes 1, 2, 4, 8 */
+    uint32_t lazy;
+    uint32_t mode;                    /* MODE_*, of the block in execution */
+    uint64_t jump_key;                /* mode and generation: entries of the jump cache with another key are void */
     uint8_t *guest;                   /* host address of guest memory (seg_header.guest) */
     uint64_t *code_mask;              /* seg_header.code_mask_offset */
     uint8_t *dirty;
@@ -117,7 +147,8 @@ struct cpu {
     int64_t budget;                   /* instructions left in this run() */
     jmp_buf unwind;                   /* run loop: after a fault or an abandoned access */
     uint32_t index;                   /* vCPU number */
-    bool single;                      /* execute one instruction at a time: TF, breakpoints, interrupt shadow */
+    bool single;                      /* debug registers are armed: one instruction at a time, with debug_before/after (B) */
+    bool world_held;                  /* this vCPU has stopped the world (D: world_stop, world_resume) */
     /* -- the fault in delivery: fault.c -- */
     uint32_t fault_vector, fault_error;
     bool fault_has_error;
@@ -129,28 +160,49 @@ struct cpu {
 
 #define GPR(c, i) ((c)->s.arch.gpr[i])
 #define ARCH(c) (&(c)->s.arch)
+/* Byte register: u->reg and u->rm of byte operands are offsets in gpr[] (n * 8, or (n - 4) * 8 + 1 for AH CH DH BH) */
+#define REG8(c, off) (((uint8_t *)(c)->s.arch.gpr)[off])
+#define REG16(c, i) (*(uint16_t *)&(c)->s.arch.gpr[i])
+#define REG32(c, i) (*(uint32_t *)&(c)->s.arch.gpr[i]) /* read; to write use GPR() = (uint32_t)value, which clears the upper half */
 _Static_assert(sizeof(struct vcpu_block) <= 65536, "vcpu_block outgrew its stride");
 
-/* ---- faults (fault.c). These do not return: they unwind to the run loop, which delivers. The instruction that
- * called must not have changed any register or flag yet; u gives its rip. ---- */
+static inline bool uop_mem(const struct uop *u) { return u->rm == RM_MEM; }
+/* operand bytes of a v-size operand */
+static inline unsigned uop_size(const struct uop *u) { return u->mode & UOP_OSZ64 ? 8 : u->mode & UOP_OSZ16 ? 2 : 4; }
+/* rip of the instruction; u = NULL: of the run loop's own work (fetch, event delivery) */
+static inline uint64_t uop_rip(const struct cpu *c, const struct uop *u) { return u ? c->block->rip + u->ioff : c->s.arch.rip; }
+static inline uint64_t uop_next_rip(const struct cpu *c, const struct uop *u)
+{
+    uint64_t rip = c->block->rip + u->ioff + u->len;
+    return c->mode & MODE_64 ? rip : c->mode & MODE_D ? (uint32_t)rip : (uint16_t)rip;
+}
+
+/* ---- unwinding (run.c, A): sets arch.rip to the instruction's (or behind it), puts the instruction count right, longjmps. ---- */
+enum { UNWIND_FAULT = 1 /* run loop calls fault_deliver() */, UNWIND_RETRY /* the instruction starts again when run() is next called */,
+       UNWIND_TRAP /* like FAULT, rip behind the instruction */ };
+_Noreturn void cpu_unwind(struct cpu *c, const struct uop *u, int how);
+
+/* ---- faults (fault.c, B). These do not return: they note the fault and cpu_unwind(). The instruction that
+ * called must not have changed any register or flag yet; u gives its rip (NULL: arch.rip is right). ---- */
 _Noreturn void raise_fault(struct cpu *c, const struct uop *u, enum vector v);                    /* no error code */
 _Noreturn void raise_fault_code(struct cpu *c, const struct uop *u, enum vector v, uint32_t error);
 _Noreturn void raise_page_fault(struct cpu *c, const struct uop *u, uint64_t linear, uint32_t error); /* sets CR2 */
 /* Traps and software interrupts: delivered with rip behind the instruction. */
 _Noreturn void raise_trap(struct cpu *c, const struct uop *u, enum vector v);
+/* Delivers what raise_*() noted (c->fault_*), contributory faults included; may fault again. arch.rip is exact. */
+void fault_deliver(struct cpu *c);
+/* External interrupts, NMI: kind as B defines it in fault.h. */
 
-/* ---- memory (mmu.c slow paths, mem.h inline). `lin` is a linear address. mem.h gives
- *   uint{8,16,32,64}_t mem_read{8,16,32,64}(c, u, lin);   void mem_write*(c, u, lin, value);
- *   void *mem_rmw*(c, u, lin) - pointer for host atomics, or NULL: use mem_rmw_slow
- *   void mem_read_bytes(c, u, lin, void *to, n); void mem_write_bytes(c, u, lin, const void *from, n)  (n <= 64, all or nothing)
- *   void mem_probe_write(c, u, lin, n)  (faults now if a write would)
- *   the _super variants ignore CPL (descriptor tables, TSS, IDT)
- * Every store, fast path too, tests code_mask of its page afterwards (the argument: docs/architecture.md). ---- */
+/* ---- run loop's hooks (B): only called while c->single, RFLAGS.TF or RFLAGS.RF asks for it ---- */
+void debug_before(struct cpu *c);          /* instruction breakpoints, RF; may raise_fault(c, NULL, VEC_DB) */
+void debug_after(struct cpu *c, bool tf);  /* single-step and pending data or port breakpoints; raises #DB as a trap, rip is behind */
 
-/* ---- effective addresses (ea.h) ----
- *   uint64_t ea64(c, u)        64-bit addresses, flat segment: no test at all
- *   uint64_t ea_offset(c, u)   the offset, any address size (LEA)
- *   uint64_t ea_linear(c, u, size, write)  any mode: segment base, limit and type checks, canonical test, #GP/#SS
- * Non-canonical 64-bit addresses miss the TLB and fault in the slow path, #SS where seg is SS. ---- */
+/* ---- run loop (run.c) and blocks (block.c), A ---- */
+void mode_update(struct cpu *c);           /* c->mode and jump_key after a change of CS SS DS ES, EFER, CPL (the run loop does it too) */
+void jump_cache_flush(struct cpu *c);      /* mmu_flush*() call this: linear addresses may lead elsewhere */
+void blocks_drop_page(struct cpu *c, uint64_t page); /* guest memory page index; own blocks */
+void blocks_drop_all(struct cpu *c);
+
+/* mem.h: memory accesses. flags.h: flags_get(), flags_set_status(), conditions. ea.h: effective addresses, segment checks. */
 
 #endif
