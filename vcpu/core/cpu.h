@@ -14,6 +14,7 @@
 #include <string.h>
 
 #include "segment.h"
+#include "system_state.h"
 
 #define likely(x) __builtin_expect(!!(x), 1)
 #define unlikely(x) __builtin_expect(!!(x), 0)
@@ -152,6 +153,7 @@ struct cpu {
     /* -- the fault in delivery: fault.c -- */
     uint32_t fault_vector, fault_error;
     bool fault_has_error;
+    struct system_state sys;          /* mmu.c fault.c debug.c */
     struct tlb_entry tlbs[TLB_MODES][TLB_SIZE];
     struct block_cache *blocks;       /* block.c */
     struct host_stubs *stubs;         /* stub.c: host instructions for SSE and x87 */

@@ -1,0 +1,94 @@
+/*
+ * The system side of the core as the run loop and the other files call it. Handlers named op_* are
+ * declared by the generated table, not here.
+ */
+#ifndef ATOLL_SYSTEM_H
+#define ATOLL_SYSTEM_H
+
+#include "cpu.h"
+
+/* Control registers, SDM vol. 3 section 2.5 */
+#define CR0_PE 0x1u
+#define CR0_MP 0x2u
+#define CR0_EM 0x4u
+#define CR0_TS 0x8u
+#define CR0_ET 0x10u
+#define CR0_NE 0x20u
+#define CR0_WP 0x10000u
+#define CR0_AM 0x40000u
+#define CR0_NW 0x20000000u
+#define CR0_CD 0x40000000u
+#define CR0_PG 0x80000000u
+#define CR4_VME 0x1u
+#define CR4_PVI 0x2u
+#define CR4_TSD 0x4u
+#define CR4_DE 0x8u
+#define CR4_PSE 0x10u
+#define CR4_PAE 0x20u
+#define CR4_MCE 0x40u
+#define CR4_PGE 0x80u
+#define CR4_PCE 0x100u
+#define CR4_OSFXSR 0x200u
+#define CR4_OSXMMEXCPT 0x400u
+#define CR4_UMIP 0x800u
+#define CR4_FSGSBASE 0x10000u
+#define CR4_PCIDE 0x20000u
+#define CR4_OSXSAVE 0x40000u
+#define CR4_SMEP 0x100000u
+#define CR4_SMAP 0x200000u
+#define EFER_SCE 0x1u
+#define EFER_LME 0x100u
+#define EFER_LMA 0x400u
+#define EFER_NXE 0x800u
+#define EFER_FFXSR 0x4000u
+
+/* Value of longjmp(c->unwind, ...): why the run loop gets control. */
+enum unwind { UNWIND_EVENT = 1 /* raise_*(): call fault_deliver() */, UNWIND_ABANDON = 2 /* a sync access was given up */ };
+
+static inline bool mode_protected(const struct cpu *c) { return c->s.arch.cr0 & CR0_PE; }
+static inline bool mode_vm86(const struct cpu *c) { return c->s.arch.rflags & FLAG_VM; }
+static inline bool mode_real_or_vm86(const struct cpu *c) { return !mode_protected(c) || mode_vm86(c); }
+static inline bool mode_long(const struct cpu *c) { return c->s.arch.efer & EFER_LMA; } /* 64-bit or compatibility */
+static inline bool mode_64(const struct cpu *c) { return mode_long(c) && (c->s.arch.seg[CS].attr & 0x2000); }
+
+/* ---- fault.c: events. raise_*() are in cpu.h. */
+/* The run loop after UNWIND_EVENT. May raise again (unwinds to the same place). On a triple fault activity is
+ * ACT_SHUTDOWN and exit_reason EXIT_SHUTDOWN. */
+void fault_deliver(struct cpu *c);
+/* An interrupt at an instruction boundary; rip is exact. in_rep: between two items of a string instruction (RF is pushed
+ * as 1). Sets nmi_blocked for EVENT_NMI. May raise. The caller ends the HLT. */
+void deliver_interrupt(struct cpu *c, unsigned vector, enum event_kind kind);
+
+/* ---- debug.c: breakpoints and single step. c->single must be true while debug_wanted(). */
+bool debug_wanted(const struct cpu *c);      /* TF, or DR7 enables something */
+void debug_before(struct cpu *c);            /* before an instruction when single: may raise #DB (instruction breakpoint) */
+void debug_after(struct cpu *c, bool tf);    /* behind it, rip exact; tf = RFLAGS.TF before it: may raise #DB */
+void debug_io(struct cpu *c, unsigned port, unsigned width); /* I/O breakpoints, CR4.DE */
+void debug_access(struct cpu *c, uint64_t lin, unsigned size, bool write); /* data breakpoints: from the slow path */
+void debug_update(struct cpu *c);            /* after a change of DR7 */
+
+/* ---- state as a whole */
+enum reset_kind { RESET_POWER, RESET_INIT };
+void core_reset(struct cpu *c, enum reset_kind kind); /* SDM vol. 3 table 9-1; INIT keeps FPU, MSRs, CR0.CD/NW; an AP waits for SIPI */
+void core_sipi(struct cpu *c, uint32_t vector);       /* starts at vector << 12, if it waits */
+void system_load(struct cpu *c);                      /* after arch was written from outside: TLBs, mode, caches */
+/* Whatever follows from CS, CR0, CR4, EFER, CPL, RFLAGS.AC/TF: called by all that change them (A's decode mode too). */
+void mode_changed(struct cpu *c);
+
+/* ---- time and paravirtualisation, kvm.c */
+void kvm_sleeping(struct cpu *c);  /* HLT wait begins: steal time page says preempted */
+void kvm_running(struct cpu *c);   /* ... ends: a flush asked for meanwhile is done */
+/* pvclock and steal time pages are written again: after resume on another host, timebase change. */
+void kvm_refresh(struct cpu *c);
+
+/* ---- I/O permission: IOPL and the TSS bitmap (SDM vol. 1 section 18.5). Raises #GP(0). */
+void io_check(struct cpu *c, const struct uop *u, unsigned port, unsigned width);
+
+/* ---- tables also read by Python */
+bool cpuid_query(struct cpu *c, uint32_t leaf, uint32_t subleaf, uint32_t out[4]);
+#define MSR_OK 0
+#define MSR_GP 1
+int msr_read(struct cpu *c, uint32_t index, uint64_t *value);
+int msr_write(struct cpu *c, uint32_t index, uint64_t value);
+
+#endif

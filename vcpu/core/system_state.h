@@ -1,0 +1,38 @@
+/*
+ * Private state of the system side (mmu.c fault.c debug.c); a member of struct cpu, so that cpu.h
+ * need not know its parts. Nothing here survives a save: system_load() derives it again.
+ */
+#ifndef ATOLL_SYSTEM_STATE_H
+#define ATOLL_SYSTEM_STATE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+/* What kind of event is delivered: decides the pushed RF, the EXT bit and the checks of a gate's DPL. */
+enum event_kind {
+    EVENT_FAULT,    /* rip at the instruction, RF pushed as 1 */
+    EVENT_TRAP,     /* rip behind it */
+    EVENT_SOFT,     /* INT n, INT3, INTO: the gate's DPL is checked, EXT is 0 */
+    EVENT_ICEBP,    /* INT1: as a trap, no DPL check */
+    EVENT_EXTERNAL, /* interrupt from the APIC or PIC */
+    EVENT_NMI
+};
+
+struct system_state {
+    /* -- mmu.c -- */
+    uint64_t tlb_global[3][16];  /* by TLB: bit of a slot = its entry is of a global page (TLB_MODES, TLB_SIZE / 64) */
+    uint64_t large_filter;       /* bit (linear >> 21) & 63: slots may hold parts of a large page there */
+    uint32_t tlb_used;           /* bit m: c->tlbs[m] holds entries */
+    uint64_t pdpte[4];           /* PAE: loaded with CR3 (SDM vol. 3 section 4.4.1) */
+    /* -- fault.c -- */
+    uint8_t event_kind;          /* of the event that raise_*() found, enum event_kind */
+    bool delivering;             /* an event is half-way: a further fault combines with it */
+    uint8_t delivering_vector;
+    uint8_t delivering_kind;
+    /* -- debug.c -- */
+    uint32_t debug_enabled;      /* bit i: DRi enabled by DR7 */
+    uint32_t debug_data;         /* bit i: ... as a data or I/O breakpoint */
+    uint32_t debug_hit;          /* DR6 bits collected by the instruction under way */
+};
+
+#endif
