@@ -111,6 +111,7 @@ struct cpu_arch {                /* owner: the vCPU; others read it while it is 
     uint32_t cpl;                /* = SS.DPL; kept apart for speed */
     struct x87_state fpu;
     uint64_t opmask[8];
+    uint64_t vec_align[5];       /* puts vec on a multiple of 64: host stubs use aligned moves */
     union vec_reg vec[32];       /* ZMM-sized: XMM in bytes 0..15 */
     uint64_t star, lstar, cstar, fmask, kernel_gs_base;
     uint64_t sysenter_cs, sysenter_esp, sysenter_eip;
