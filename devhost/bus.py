@@ -1,0 +1,220 @@
+"""The bus of a device host: who answers which port and address, and what the vCPUs know of it.
+
+Devices are mapped here by wiring (pc.py). For each mapping the bus writes register descriptors and
+the port map of the segment, so that a vCPU answers shadow and time registers by itself; what
+reaches this process is dispatched through one dictionary per space, resolved when it is mapped.
+
+After each event of a device its SHADOW registers and time sources are stored in the segment.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from coordinator.contract.device import Device
+from coordinator.contract.messages import SPACE_INTA, SPACE_PORT
+from coordinator.contract.registers import Access, Register, RegisterMap
+from coordinator.contract.segment import Segment
+
+log = logging.getLogger(__name__)
+
+#: an access that nobody answers reads as all ones
+ONES = {1: 0xFF, 2: 0xFFFF, 4: 0xFFFF_FFFF, 8: 0xFFFF_FFFF_FFFF_FFFF}
+
+
+@dataclass
+class Slot:
+    """A device as the bus knows it."""
+
+    device: Device
+    name: str
+    id: int
+    #: (index in shadow[], offset, range) of each shadow register
+    shadows: list[tuple[int, int, str]] = field(default_factory=list)
+    #: (index in time_source[], name)
+    time_sources: list[tuple[int, str]] = field(default_factory=list)
+    hazards: dict[str, int] = field(default_factory=dict)
+    #: descriptor index of each (range, offset), made once and reused when a BAR moves
+    descriptors: dict[tuple[str, int], int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Window:
+    """One mapped range: ``base`` is subtracted from the address before the device sees it."""
+
+    slot: Slot
+    base: int
+    size: int
+    range_name: str
+
+
+class Bus:
+    """Mappings of one device host (``host`` is its index in the segment)."""
+
+    def __init__(self, segment: Segment, host: int) -> None:
+        self.segment = segment
+        self.host = host
+        self.slots: dict[int, Slot] = {}
+        self._ports: dict[int, Window] = {}
+        self._memory: list[Window] = []
+        self.inta: Callable[[], int] | None = None
+        #: -trace: called with (device name, register, width, value, write)
+        self.trace: Callable[[str, str, int, int, bool], None] | None = None
+
+    # ---- mapping -------------------------------------------------------------------------------
+    def add(self, device: Device, name: str) -> Slot:
+        """Give a device its id; ``name`` is what tables and traces call it."""
+        slot = Slot(device, name, self.segment.allocate_device(name))
+        self.slots[slot.id] = slot
+        return slot
+
+    def map_ports(self, slot: Slot, base: int, range_name: str = "main", size: int | None = None) -> None:
+        """Answer ports ``base`` and up with the device's range. Takes effect with the next ``segment.publish_map``
+        for a running guest; before the guest starts at once."""
+        registers = slot.device.ranges[range_name]
+        window = Window(slot, base, size or registers.size, range_name)
+        for offset in range(window.size):
+            self._ports[base + offset] = window
+            register = registers.at(offset)
+            index = self._descriptor(slot, range_name, register or Register("unused", offset), offset)
+            self.segment.ports[base + offset] = index
+
+    def unmap_ports(self, slot: Slot, base: int, range_name: str = "main") -> None:
+        for offset in range(slot.device.ranges[range_name].size):
+            window = self._ports.get(base + offset)
+            if window is not None and window.slot is slot:
+                del self._ports[base + offset]
+                self.segment.ports[base + offset] = 0
+
+    def map_memory(self, slot: Slot, gpa: int, size: int, range_name: str = "main") -> tuple[int, int]:
+        """Answer addresses ``gpa`` and up; returns (first_reg, regs) for the region in the memory map."""
+        self._memory = [w for w in self._memory if not (w.slot is slot and w.range_name == range_name)]
+        self._memory.append(Window(slot, gpa, size, range_name))
+        registers = list(slot.device.ranges[range_name])
+        indices = [self._descriptor(slot, range_name, r, r.offset) for r in registers]
+        if indices and indices != list(range(indices[0], indices[0] + len(indices))):
+            raise ValueError(f"{slot.name}: memory registers need consecutive descriptors")
+        return (indices[0] if indices else 0), len(indices)
+
+    def unmap_memory(self, slot: Slot, range_name: str = "main") -> None:
+        self._memory = [w for w in self._memory if not (w.slot is slot and w.range_name == range_name)]
+
+    def _descriptor(self, slot: Slot, range_name: str, register: Register, offset: int) -> int:
+        key = (range_name, offset)
+        if key in slot.descriptors:
+            return slot.descriptors[key]
+        index = self.segment.allocate_register()
+        desc = self.segment.regs[index]
+        desc.read_class, desc.write_class = register.read, register.write
+        desc.host, desc.device = self.host, slot.id
+        desc.widths = sum(register.widths)
+        desc.offset, desc.length = register.offset, register.span
+        desc.shift = register.shift
+        if register.read is Access.SHADOW:
+            desc.shadow = self.segment.allocate_shadow()
+            slot.shadows.append((desc.shadow, offset, range_name))
+        if register.read is Access.TIME:
+            desc.time_source = self._time_source(slot, register)
+        if register.hazard is not None:
+            number = slot.hazards.get(register.hazard)
+            if number is None:
+                number = slot.hazards[register.hazard] = self.segment.allocate_hazard()
+            if register.read is Access.SHADOW:
+                desc.read_hazard = number
+            if register.write is Access.POSTED:
+                desc.write_hazard = number
+        slot.descriptors[key] = index
+        return index
+
+    def _time_source(self, slot: Slot, register: Register) -> int:
+        assert register.time_source is not None, f"{register.name} is a time register without a source"
+        for index, name in slot.time_sources:
+            if name == register.time_source:
+                return index
+        source = slot.device.time_sources[register.time_source]
+        index = self.segment.allocate_time_source(source.mul, source.div, source.mask)
+        slot.time_sources.append((index, register.time_source))
+        return index
+
+    # ---- events --------------------------------------------------------------------------------
+    def publish(self, slot: Slot) -> None:
+        """Store a device's shadow registers and time sources after an event."""
+        device = slot.device
+        for index, offset, range_name in slot.shadows:
+            self.segment.set_shadow(index, device.peek(offset, range_name))
+        for index, name in slot.time_sources:
+            self.segment.set_time_source(index, *device.time_state(name))
+
+    def publish_all(self) -> None:
+        for slot in self.slots.values():
+            if slot.shadows or slot.time_sources:
+                self.publish(slot)
+
+    def _window(self, space: int, addr: int) -> Window | None:
+        if space == SPACE_PORT:
+            return self._ports.get(addr)
+        for window in self._memory:
+            if window.base <= addr < window.base + window.size:
+                return window
+        return None
+
+    def read(self, space: int, addr: int, width: int, count: int) -> bytes:
+        """A sync read: ``count`` items of ``width`` bytes, little-endian."""
+        if space == SPACE_INTA:
+            vector = self.inta() if self.inta else 0xFF
+            self.publish_all()
+            return bytes([vector])
+        window = self._window(space, addr)
+        if window is None:
+            return b"\xff" * (width * count)
+        device, offset = window.slot.device, addr - window.base
+        if count == 1:
+            value = device.read(offset, width, window.range_name) & ONES[width]
+            data = value.to_bytes(width, "little")
+        elif space == SPACE_PORT:
+            data = device.read_string(offset, width, count, window.range_name)
+            value = count
+        else:
+            items = [device.read(offset + i * width, width, window.range_name) for i in range(count)]
+            data = b"".join((item & ONES[width]).to_bytes(width, "little") for item in items)
+            value = count
+        if self.trace:
+            self._trace(window, offset, width, value, False)
+        self.publish(window.slot)
+        return data
+
+    def write(self, space: int, addr: int, width: int, count: int, data: bytes) -> None:
+        """A sync write."""
+        window = self._window(space, addr)
+        if window is None:
+            return
+        device, offset = window.slot.device, addr - window.base
+        if self.trace:
+            self._trace(window, offset, width, int.from_bytes(data[:width], "little"), True)
+        if count == 1:
+            device.write(offset, width, int.from_bytes(data, "little"), window.range_name)
+        elif space == SPACE_PORT:
+            device.write_string(offset, width, data, window.range_name)
+        else:
+            for i in range(count):
+                item = int.from_bytes(data[i * width : (i + 1) * width], "little")
+                device.write(offset + i * width, width, item, window.range_name)
+        self.publish(window.slot)
+
+    def post(self, space: int, addr: int, width: int, value: int) -> None:
+        """A posted write, in ticket order."""
+        window = self._window(space, addr)
+        if window is None:
+            return
+        offset = addr - window.base
+        if self.trace:
+            self._trace(window, offset, width, value, True)
+        window.slot.device.write(offset, width, value, window.range_name)
+        self.publish(window.slot)
+
+    def _trace(self, window: Window, offset: int, width: int, value: int, write: bool) -> None:
+        assert self.trace is not None
+        registers: RegisterMap = window.slot.device.ranges[window.range_name]
+        self.trace(window.slot.name, registers.name(offset), width, value, write)

@@ -1,0 +1,201 @@
+"""The event loop of a device host.
+
+One event at a time: a sync access, a posted write, a timer, a block completion, a command of the
+coordinator. Before it sleeps the host says so in the segment (``sleeping``), looks at the ring once
+more, and only then waits - vCPUs ring the doorbell only at a sleeping host, and post before they
+look, so no entry is left lying.
+
+ZeroMQ descriptors are edge triggered: a socket is read until it has nothing before the loop waits.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+from collections.abc import Callable
+from typing import Any
+
+import zmq
+
+from coordinator.contract import messages
+from coordinator.contract.clock import NS_PER_S, Timer, TimerWheel
+from coordinator.contract.codec import encode
+from coordinator.contract.config import DevhostConfig, bus_endpoint
+from coordinator.contract.errors import AtollError, MessageError
+from coordinator.contract.island import Control, router
+from coordinator.contract.segment import Segment
+from devhost.bus import Bus
+
+log = logging.getLogger(__name__)
+
+#: serial output is sent when the host goes idle, or at this size
+OUTPUT_BATCH = 4096
+#: the loop looks at timers at least this often, seconds
+LONGEST_WAIT = 1.0
+
+
+class SegmentClock:
+    """Guest time from the segment's timebase; timers are fired by the service loop."""
+
+    def __init__(self, segment: Segment) -> None:
+        self.now = segment.guest_now
+        self.wheel = TimerWheel()
+
+    def timer(self, callback: Callable[[], None]) -> Timer:
+        return Timer(self.wheel, callback)
+
+
+class Service:
+    """Owns the sockets and the loop; ``handle`` answers the coordinator's commands."""
+
+    def __init__(self, config: DevhostConfig, segment: Segment) -> None:
+        self.config = config
+        self.segment = segment
+        self.clock = SegmentClock(segment)
+        self.bus = Bus(segment, config.index)
+        self.ring = segment.ring(config.index)
+        self.context: zmq.Context[Any] = zmq.Context()
+        self.control = Control(self.context, config.runtime, f"devhost{config.index}")
+        self.router = router(self.context, bus_endpoint(config.runtime, config.index))
+        self.handle: Callable[[messages.AnyCommand], Any] = lambda command: None
+        self._readers: dict[int, Callable[[], None]] = {}
+        self._output: dict[int, bytearray] = {}
+        self._debug: dict[int, bytearray] = {}
+        self._running = True
+
+    # ---- host side of devices ------------------------------------------------------------------
+    def add_reader(self, fd: int, callback: Callable[[], None]) -> None:
+        """Call back when ``fd`` is readable (block clients)."""
+        self._readers[fd] = callback
+
+    def remove_reader(self, fd: int) -> None:
+        self._readers.pop(fd, None)
+
+    def serial_output(self, index: int, data: bytes) -> None:
+        buffer = self._output.setdefault(index, bytearray())
+        buffer += data
+        if len(buffer) >= OUTPUT_BATCH:
+            self._flush_output()
+
+    def debug_output(self, port: int, data: bytes) -> None:
+        self._debug.setdefault(port, bytearray()).extend(data)
+
+    def _flush_output(self) -> None:
+        for index, buffer in self._output.items():
+            if buffer:
+                self.control.notify(messages.SerialOutput(index=index, data=bytes(buffer)))
+                buffer.clear()
+        for port, buffer in self._debug.items():
+            if buffer:
+                self.control.notify(messages.DebugOutput(port=port, data=bytes(buffer)))
+                buffer.clear()
+
+    # ---- the loop --------------------------------------------------------------------------------
+    def run(self) -> None:
+        """Serve until Quit."""
+        doorbell = self.config.doorbell_fd
+        fixed = [self.router.get(zmq.FD), self.control.socket.get(zmq.FD), doorbell]
+        self.control.hello()
+        while self._running:
+            busy = self._serve_bus()
+            busy |= self._apply_posted(None)
+            busy |= self._fire_timers()
+            busy |= self._serve_control()
+            if busy and not self._readers:
+                continue
+            timeout = 0.0 if busy else self._idle()
+            readable, _, _ = select.select([*fixed, *self._readers], [], [], timeout)
+            self.ring.sleeping(False)
+            for fd in readable:
+                if fd == doorbell:
+                    os.eventfd_read(doorbell)
+                elif (reader := self._readers.get(fd)) is not None:
+                    reader()
+                    self.bus.publish_all()
+        self._flush_output()
+        self.control.flush()
+        self.router.close()
+        self.context.term()
+
+    def _idle(self) -> float:
+        """Nothing is left to do: promise to be woken, and say for how long to sleep."""
+        self._flush_output()
+        self.ring.sleeping(True)
+        if self.ring.pending():
+            return 0.0
+        deadline = self.clock.wheel.next_deadline()
+        if deadline is None or not self.segment.time_runs():
+            return LONGEST_WAIT
+        return max(0.0, min(LONGEST_WAIT, (deadline - self.clock.now()) / NS_PER_S))
+
+    def _fire_timers(self) -> bool:
+        deadline = self.clock.wheel.next_deadline()
+        if deadline is None:
+            return False
+        now = self.clock.now()
+        if deadline > now:
+            return False
+        self.clock.wheel.fire(now)
+        self.bus.publish_all()
+        return True
+
+    def _apply_posted(self, upto: int | None) -> bool:
+        """Apply posted writes in ticket order: all that are whole, or all below ticket ``upto``."""
+        worked = False
+        while (entry := self.ring.take(upto)) is not None:
+            space, addr, width, value = entry
+            self.bus.post(space, addr, width, value)
+            self.ring.applied()
+            worked = True
+        return worked
+
+    def _serve_bus(self) -> bool:
+        worked = False
+        while True:
+            try:
+                frames = self.router.recv_multipart(zmq.DONTWAIT)
+            except zmq.Again:
+                return worked
+            worked = True
+            try:
+                request = messages.requests.decode(frames[-1])
+            except MessageError as error:
+                log.error("bus: %s", error)
+                continue
+            self._apply_posted(request.ticket)
+            if request.write:
+                self.bus.write(request.space, request.addr, request.width, request.count, request.data)
+                data = b""
+            else:
+                data = self.bus.read(request.space, request.addr, request.width, request.count)
+            self.segment.count_roundtrip(self.config.index, request.device)
+            reply = encode(messages.BusReply(serial=request.serial, data=data))
+            try:
+                self.router.send_multipart((frames[0], reply))
+            except zmq.ZMQError as error:  # the vCPU is gone; the coordinator knows
+                log.error("bus: no way back to %s: %s", frames[0], error)
+
+    def _serve_control(self) -> bool:
+        worked = False
+        while True:
+            try:
+                command = self.control.receive()
+            except MessageError as error:
+                log.error("control: %s", error)
+                continue
+            if command is None:
+                return worked
+            worked = True
+            if isinstance(command, messages.Quit):
+                self._running = False
+                self._flush_output()
+                self.control.answer(command)
+                return True
+            try:
+                value = self.handle(command)
+            except AtollError as error:
+                self.control.answer(command, error=str(error))
+            else:
+                self.control.answer(command, value)
+            self.bus.publish_all()
