@@ -1,0 +1,60 @@
+/* The opcode table as optable.py generates it, and the decoder's interface. */
+#ifndef ATOLL_DECODE_H
+#define ATOLL_DECODE_H
+
+#include "cpu.h"
+
+enum imm_kind { IMM_NONE, IMM_B, IMM_BS, IMM_W, IMM_Z, IMM_V, IMM_JB, IMM_JZ, IMM_O, IMM_AP };
+enum op_prefix { OPP_ANY, OPP_NP, OPP_66, OPP_F3, OPP_F2 };
+enum op_mod { OPM_ANY, OPM_MEM, OPM_REG };
+enum op_form { OPFORM_R, OPFORM_M, OPFORM_F, OPFORM_L, OPFORM_NF };
+
+#define OPF_MODRM 0x1
+#define OPF_LOCK 0x2
+#define OPF_REP 0x4
+#define OPF_REPZ 0x8
+#define OPF_I64 0x10
+#define OPF_O64 0x20
+#define OPF_D64 0x40
+#define OPF_F64 0x80
+#define OPF_CPL0 0x100
+#define OPF_END 0x200
+#define OPF_JUMP 0x400
+#define OPF_HOST 0x800
+#define OPF_REG_BYTE 0x1000  /* ModRM.reg names a byte register */
+#define OPF_RM_BYTE 0x2000   /* likewise ModRM.rm or the register in the opcode */
+#define OPF_RM_OPCODE 0x4000 /* register in the opcode */
+#define OPF_BYTE 0x8000      /* byte operation */
+#define OPF_REG_PLAIN 0x10000 /* ModRM.reg is no general register */
+
+struct oprow {
+    uint16_t handlers;           /* index of ophandlers */
+    uint16_t aux;
+    uint32_t bits;               /* OPF_* */
+    uint16_t flags_written;      /* or left undefined */
+    uint16_t flags_read;
+    uint8_t prefix, ext, mod, rm, w; /* 0xff (w: 2) = any */
+    uint8_t imm, imm2;           /* enum imm_kind */
+};
+struct opindex { uint16_t first, count; };
+struct host_row { uint8_t prefix, map, opcode, ext, imm, w; const char *operands; };
+struct opname { const char *name; uop_fn fn; };
+
+extern const uop_fn ophandlers[][5][4]; /* [form][log2 of operand bytes]; 0: no such encoding */
+extern const struct oprow oprows[];
+extern const struct opindex opindex[4][256];
+extern const struct host_row host_rows[];
+extern const unsigned host_row_count;
+extern const struct opname opnames[];   /* all handlers; fn = 0: not there; ends with name = 0 */
+
+struct decoded {
+    const struct oprow *row;     /* NULL: invalid */
+    uop_fn nf;                   /* the handler for when the flags are dead, or NULL */
+    unsigned fault;              /* VEC_UD or VEC_GP where row is NULL */
+};
+
+/* Decodes the instruction at bytes, of which avail (at most 15) are there; rip is its own, ioff its place in the block. Fills u.
+ * Returns its length, or 0: more bytes are needed than avail (with avail 15: too long, d->fault is VEC_GP). */
+unsigned decode(const uint8_t *bytes, unsigned avail, uint64_t rip, unsigned ioff, unsigned mode, struct uop *u, struct decoded *d);
+
+#endif
