@@ -1,0 +1,1 @@
+"""What firmware is told of the machine: fw_cfg and the ACPI tables."""
