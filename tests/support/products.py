@@ -1,0 +1,126 @@
+"""What guests are made of, built once and kept in the user's cache folder.
+
+A product is a file named by the digest of all that went into it, so that a change of the kernel
+package, of a guest program or of the builder gives another file, and nothing is ever stale.
+"""
+
+import gzip
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+from coordinator import pieces
+from coordinator.contract.errors import ConfigError
+from tests.support import cpio, iso, modules
+
+GUESTS = Path(__file__).resolve().parent.parent / "guests"
+CD_MODULES = ("ata_piix", "sr_mod")
+PAYLOAD_BYTES = 64 << 20
+KEEP = 4  # of each product, the newest
+
+
+def product(name: str, inputs: Sequence[bytes | str], build: Callable[[Path], None]) -> Path:
+    """The file `name` with the given inputs; calls `build` with a path to write if it is not there."""
+    digest = hashlib.sha256()
+    for item in inputs:
+        data = item.encode() if isinstance(item, str) else item
+        digest.update(len(data).to_bytes(8, "little") + data)
+    stem, _, suffix = name.partition(".")
+    folder = pieces.cache_dir() / "guests"
+    path = folder / ".".join(filter(None, (f"{stem}-{digest.hexdigest()[:16]}", suffix)))
+    if path.exists():
+        os.utime(path)
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{stem}-", dir=folder) as scratch:
+        build(Path(scratch) / name)
+        (Path(scratch) / name).replace(path)
+    versions = [old for old in folder.glob(f"{stem}-{'[0-9a-f]' * 16}{path.suffix}") if old != path]
+    for old in sorted(versions, key=lambda old: old.stat().st_mtime)[: -(KEEP - 1)]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def source(*paths: Path) -> list[bytes]:
+    """The contents of source files, as inputs of a product."""
+    return [path.read_bytes() for path in paths]
+
+
+@cache
+def bench_program() -> Path:
+    """The static benchmark program of tests/guests/bench."""
+    files = sorted((GUESTS / "bench").glob("*.[ch]"))
+    compiler = os.environ.get("CC", "gcc")
+    if shutil.which(compiler) is None:
+        raise ConfigError(f"{compiler} not found: run `make setup`")
+    flags = ["-O2", "-std=gnu11", "-static", "-Wall", "-Wextra", "-Werror", "-march=x86-64"]
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+
+    def build(path: Path) -> None:
+        units = [str(file) for file in files if file.suffix == ".c"]
+        result = subprocess.run(
+            [compiler, *flags, "-o", str(path), *units], capture_output=True, text=True, check=False
+        )
+        if result.returncode != 0:
+            raise ConfigError(f"cannot compile the benchmark:\n{result.stderr}")
+
+    return product("bench", [version, *flags, *source(*files)], build)
+
+
+@cache
+def initramfs() -> Path:
+    """busybox, the CD modules, the benchmark and tests/guests/init, as the kernel wants it."""
+    builder = source(Path(cpio.__file__), Path(modules.__file__), Path(__file__), GUESTS / "init")
+    busybox, bench = pieces.busybox(), bench_program()
+
+    def build(path: Path) -> None:
+        archive = cpio.Archive()
+        for folder in ("dev", "proc", "sys", "tmp", "modules"):
+            archive.folder(folder)
+        archive.device("dev/console", 5, 1)
+        archive.file("bin/busybox", busybox.read_bytes(), 0o755)
+        archive.symlink("bin/sh", "busybox")
+        archive.file("bin/bench", bench.read_bytes(), 0o755)
+        ordered = modules.load_order(pieces.modules_dir(), CD_MODULES)
+        for name, elf in ordered:
+            archive.file(f"modules/{name}.ko", elf)
+        archive.file("modules/order", "".join(f"{name}\n" for name, _ in ordered).encode())
+        archive.file("init", (GUESTS / "init").read_bytes(), 0o755)
+        path.write_bytes(gzip.compress(archive.finish(), compresslevel=6, mtime=0))
+
+    kernel = pieces.modules_dir()
+    identity = [kernel.name, str((kernel / "modules.builtin").stat().st_size)]
+    return product("initramfs.gz", [*identity, *source(busybox, bench), *builder], build)
+
+
+@cache
+def demo_iso(words: str = "atoll.demo=hash", payload_bytes: int = PAYLOAD_BYTES, seed: int = 1) -> Path:
+    """A bootable ISO with the kernel, the initramfs and a random payload.
+
+    `words` follow `console=ttyS0` on the kernel's command line; they are the demo's own.
+    """
+    initrd = initramfs()
+    inputs = [pieces.kernel().name, initrd.name, words, str(payload_bytes), str(seed)]
+    loader = source(pieces.isolinux(), pieces.ldlinux(), Path(iso.__file__))
+
+    def build(path: Path) -> None:
+        iso.build(
+            path,
+            isolinux=pieces.isolinux(), ldlinux=pieces.ldlinux(),
+            kernel=pieces.kernel(), initrd=initrd,
+            command_line=f"console=ttyS0 {words}",
+            payload_bytes=payload_bytes, seed=seed,
+        )
+
+    return product("demo.iso", [*inputs, *loader], build)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a whole file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
