@@ -9,6 +9,8 @@
  * (RAM, then video RAM, then ROM) is one contiguous, page-aligned run of the segment that starts at
  * seg_header.guest, and "page" is an index of 4 KiB pages in that run.
  */
+#pragma once
+
 #define SEG_MAGIC 0x4c4c4f5441 /* "ATOLL" */
 #define SEG_LAYOUT 1
 
@@ -149,7 +151,7 @@ struct vcpu_block {
     uint32_t posted_nmi;         /* senders: atomic store 1; vCPU: exchange 0 */
     uint32_t posted_init;        /* likewise */
     uint32_t posted_sipi;        /* senders: atomic store 0x100 | vector; vCPU: exchange 0 */
-    uint32_t extint_level;       /* the PIC's INTR: device host, atomic */
+    uint32_t extint_level;       /* EXTINT_WIRE: the PIC's INTR, device host; EXTINT_MESSAGE: senders set, vCPU clears; atomic */
     /* -- APIC addressing as senders need it; written by the vCPU (release) -- */
     uint32_t apic_id, apic_ldr, apic_dfr, apic_mode; /* mode: 0 disabled, 1 xAPIC, 2 x2APIC */
     uint32_t apic_sw_enabled, apic_ppr;
@@ -198,7 +200,7 @@ struct reg_desc {
     uint8_t widths;              /* bit mask of widths the register takes in one access: 1, 2, 4, 8; wider accesses are split by the vCPU */
     uint8_t time_source;
     uint8_t shift;               /* bytes into the shadow or time value (register halves) */
-    uint8_t pad;
+    uint8_t within;              /* ports: which byte of the register this port is */
     uint16_t shadow;             /* index */
     uint16_t read_hazard;        /* a shadow read turns sync while hazard[read_hazard] is unapplied; 0 = none */
     uint16_t write_hazard;       /* a posted write marks hazard[write_hazard]; 0 = none */
@@ -234,7 +236,7 @@ struct ioapic_state {            /* under fabric.lock */
 
 struct fabric {
     uint32_t lock;               /* futex-backed lock word; held for nanoseconds, by any process */
-    uint32_t pad;
+    uint32_t turn;               /* lowest-priority delivery: where the search among equals begins */
     uint32_t pin_sources[SEG_IOAPIC_PINS]; /* bit s = source s asserts the pin; a pin's level is != 0 */
     struct ioapic_state ioapic;
     uint64_t delivered[SEG_IOAPIC_PINS];
@@ -283,6 +285,8 @@ struct seg_header {
     uint64_t vram, rom;          /* offsets */
     uint64_t map_version;        /* odd/even picks maps[version & 1]; writer: who holds map_lock; atomic */
     uint32_t map_lock, stopped;
+    uint32_t next_device, next_reg, next_shadow, next_hazard, next_time_source; /* first free index; atomic fetch_add */
+    uint32_t hosts;              /* device hosts in use */
     struct world_lock world;
     struct timebase time;
     struct time_source time_source[SEG_MAX_TIME_SOURCES];

@@ -13,7 +13,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "segment.h"
+#include "seg.h"
 #include "system_state.h"
 
 #define likely(x) __builtin_expect(!!(x), 1)
@@ -158,6 +158,9 @@ struct cpu {
     struct block_cache *blocks;       /* block.c */
     struct host_stubs *stubs;         /* stub.c: host instructions for SSE and x87 */
     void *handle;                     /* for the callback into Python */
+    bool intr_ready;                  /* apic.c: an interrupt waits that IF and the interrupt shadow alone can hold back */
+    struct apic_timer *timer;         /* timer.c */
+    int doorbell[SEG_MAX_HOSTS];      /* eventfd of each device host, -1 = none */
 };
 
 #define GPR(c, i) ((c)->s.arch.gpr[i])
