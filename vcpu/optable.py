@@ -22,7 +22,8 @@ attributes  fn=NAME       handler family; default: mnemonic in lower case. C fun
             aux=N         constant for the handler in uop.aux
             mod=oszapc    flags written (letters o s z a p c, d i); undef= left undefined; use= read
             cpuid=NAME    feature it belongs to
-            host          runs as a host instruction: uop.aux is its ordinal among the host rows (host_rows[])
+            host          runs as a host instruction: uop.aux is its ordinal among the host rows (host_rows[]); fn is op_host unless
+                  given; unaligned, x87, nowait, control, as=: see sse.tab and x87.tab
             fault=de,gp   faults beyond those of memory operands
             nodiff=WHY    not runnable on a host in user mode
 
@@ -56,11 +57,12 @@ MAPS = {"": 0, "0f": 1, "0f38": 2, "0f3a": 3}
 PREFIXES = ("np", "66", "f3", "f2")
 FLAG_BITS = {"c": 0, "p": 2, "a": 4, "z": 6, "s": 7, "i": 9, "d": 10, "o": 11}
 FLAG_ATTRIBUTES = ("mod", "undef", "use")
-VALUE_ATTRIBUTES = {"fn", "forms", "aux", "cpuid", "fault", "nodiff", *FLAG_ATTRIBUTES}
-WORD_ATTRIBUTES = {"lock", "rep", "repz", "i64", "o64", "d64", "f64", "cpl0", "end", "jump", "host"}
+VALUE_ATTRIBUTES = {"fn", "forms", "aux", "as", "cpuid", "fault", "nodiff", *FLAG_ATTRIBUTES}
+WORD_ATTRIBUTES = {"lock", "rep", "repz", "i64", "o64", "d64", "f64", "cpl0", "end", "jump", "host",
+                   "unaligned", "x87", "nowait", "control"}
 FORMS = {"size", "rm", "fast", "nf"}
-FIXED = {"AL", "AX", "eAX", "rAX", "CL", "DX", "1", "ST0", "STi", "AH", "rBX", "rCX", "rDX", "XMM0", "F",
-         "ES", "CS", "SS", "DS", "FS", "GS"}
+FIXED = {"AL", "AH", "AX", "CL", "DX", "EAX", "ECX", "EDX", "eAX", "rAX", "rBX", "rCX", "rDX", "1", "ST0", "STi",
+         "XMM0", "F", "ES", "CS", "SS", "DS", "FS", "GS"}
 OPERAND = re.compile(r"(?:(rw|w|r):)?(\w+)$")
 LETTERS = "ACDEFGIJMNOPQRSUVWXYZ"
 
@@ -218,7 +220,7 @@ def _parse(source: str, line: str) -> Iterator[Row]:
     if forms - FORMS or (forms & {"fast", "nf"} and "rm" not in forms):
         raise TableError(f"forms {values['forms']!r}")
     row = Row(source, prefix, opcode_map, int(opcode, 16), plus if plus == "r" else "", modrm, ext, mod, rm, w, columns[1],
-              operands, values.get("fn", columns[1].lower()), forms, frozenset(attributes), values)
+              operands, values.get("fn", "host" if "host" in attributes else columns[1].lower()), forms, frozenset(attributes), values)
     if plus == "cc":
         for cc, name in enumerate(CONDITIONS):
             yield replace(row, opcode=row.opcode + cc, condition=cc, mnemonic=re.sub("cc$", name.upper(), row.mnemonic),
@@ -264,7 +266,7 @@ def handlers(row: Row) -> dict[tuple[str, int], str]:
     elif row.byte:
         sizes = [(0, "_8")]
     else:
-        possible = set(row.sizes(64) if "i64" not in row.words else ()) | set(row.sizes(32) if "o64" not in row.words else ())
+        possible = {bits for mode in (32, 64) if row.valid(mode) for bits in row.sizes(mode)}
         sizes = [(i, f"_{8 << i}") for i in (1, 2, 3) if 8 << i in possible]
     for index, suffix in sizes:
         base = f"op_{row.fn}{suffix}"

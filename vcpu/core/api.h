@@ -1,0 +1,20 @@
+/*
+ * What Python calls: cffi reads this text behind segment.h, so it holds nothing but prototypes.
+ * All functions but core_run() return at once; core_run() releases the GIL.
+ */
+struct cpu;
+
+/* Maps the segment behind fd and makes vCPU `index` of it ready; NULL: error_text() says why. The fd may be closed. */
+struct cpu *core_create(int fd, uint32_t index, void *handle);
+void core_destroy(struct cpu *c);
+const char *core_error(void);                     /* of the last core_create(), one line */
+struct vcpu_block *core_block(struct cpu *c);
+struct seg_header *core_segment(struct cpu *c);
+uint8_t *core_base(struct cpu *c);                /* host address of the segment */
+
+/* Runs at most budget instructions (a REP counts once; a block is not split, so it stops a few early). Returns enum vcpu_exit. */
+int core_run(struct cpu *c, int64_t budget);
+/* After someone else wrote the architectural state (reset, load): TLB, blocks' mode and lazy flags follow. */
+void core_state_changed(struct cpu *c);
+/* The handlers that the opcode table names and nobody wrote, separated by blanks; empty in a whole build. */
+const char *core_missing_handlers(void);
