@@ -316,19 +316,17 @@ def generate() -> str:
             index[row.map][opcode] = (first if count else number, count + 1)
         immediates = [o.text for o in row.operands if o.text in IMMEDIATES]
         bits = [f"OPF_{word.upper()}" for word in sorted(row.words)]
-        kinds = {o.kind for o in row.operands}
         if row.modrm:
             bits.append("OPF_MODRM")
-        if any(o.text == "Gb" for o in row.operands):
+        host_row = "host" in row.words  # its stub numbers registers as the encoding does
+        if not host_row and any(o.text == "Gb" for o in row.operands):
             bits.append("OPF_REG_BYTE")
-        if any(o.text in ("Eb", "Zb", "Rb") for o in row.operands):
+        if not host_row and any(o.text in ("Eb", "Zb", "Rb") for o in row.operands):
             bits.append("OPF_RM_BYTE")
         if row.plus:
             bits.append("OPF_RM_OPCODE")
         if row.byte:
             bits.append("OPF_BYTE")
-        if kinds & {"P", "V", "S", "C", "D"}:
-            bits.append("OPF_REG_PLAIN")
         mod = "OPM_MEM" if row.forms() == ("m",) else "OPM_REG" if row.modrm and row.forms() == ("r",) else "OPM_ANY"
         aux = (row.condition if row.condition is not None else host.index(row) if "host" in row.words
                else int(row.values.get("aux", "0"), 0))
@@ -347,10 +345,11 @@ def generate() -> str:
         out.append("  {" + ", ".join(f"{{{first}, {count}}}" for first, count in opcode_map) + "},")
     out += ["};", "const struct host_row host_rows[] = {"]
     for row in host:
-        out.append(f"  {{OPP_{(row.prefix or 'any').upper()}, {row.map}, {row.opcode:#x}, {0xFF if row.ext is None else row.ext}, "
+        words = " | ".join(f"OPF_{word.upper()}" for word in sorted(row.words))
+        out.append(f"  {{{words}, OPP_{(row.prefix or 'any').upper()}, {row.map}, {row.opcode:#x}, {0xFF if row.ext is None else row.ext}, "
                    f"{int(row.immediate() is not None)}, {2 if row.w is None else row.w}, \"{' '.join(o.text for o in row.operands)}\"}}, "
                    f"/* {row.key} */")
-    out += ['  {0, 0, 0, 0, 0, 0, ""}', "};", f"const unsigned host_row_count = {len(host)};"]
+    out += ['  {0, 0, 0, 0, 0, 0, 0, ""}', "};", f"const unsigned host_row_count = {len(host)};"]
     out.append("const struct opname opnames[] = {")
     out += [f'  {{"{name}", {name}}},' for name in names]
     out += ["  {0, 0}", "};", ""]

@@ -25,7 +25,10 @@ enum op_form { OPFORM_R, OPFORM_M, OPFORM_F, OPFORM_L, OPFORM_NF };
 #define OPF_RM_BYTE 0x2000   /* likewise ModRM.rm or the register in the opcode */
 #define OPF_RM_OPCODE 0x4000 /* register in the opcode */
 #define OPF_BYTE 0x8000      /* byte operation */
-#define OPF_REG_PLAIN 0x10000 /* ModRM.reg is no general register */
+#define OPF_UNALIGNED 0x20000 /* the words of sse.tab and x87.tab */
+#define OPF_X87 0x40000
+#define OPF_NOWAIT 0x80000
+#define OPF_CONTROL 0x100000
 
 struct oprow {
     uint16_t handlers;           /* index of ophandlers */
@@ -37,7 +40,7 @@ struct oprow {
     uint8_t imm, imm2;           /* enum imm_kind */
 };
 struct opindex { uint16_t first, count; };
-struct host_row { uint8_t prefix, map, opcode, ext, imm, w; const char *operands; };
+struct host_row { uint32_t bits; uint8_t prefix, map, opcode, ext, imm, w; const char *operands; }; /* imm: has an immediate byte */
 struct opname { const char *name; uop_fn fn; };
 
 extern const uop_fn ophandlers[][5][4]; /* [form][log2 of operand bytes]; 0: no such encoding */
