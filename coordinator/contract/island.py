@@ -1,0 +1,112 @@
+"""What every process of a machine does alike: its name in ``ps``, its log, the watch over its
+parent, and its control socket.
+
+An island ends by itself when the coordinator dies, by whatever signal: a thread waits on a pidfd
+of the coordinator, also while the main thread is inside the guest. Ctrl-C reaches the whole
+foreground process group, so islands ignore SIGINT and wait to be told.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import select
+import signal
+import sys
+import threading
+from typing import Any
+
+import msgspec
+import setproctitle
+import zmq
+
+from coordinator.contract import messages
+from coordinator.contract.codec import encode
+from coordinator.contract.config import control_endpoint
+
+#: libzmq's default is 100 ms and more, which a restarted peer would be felt by
+RECONNECT_MS = 1
+#: high-water marks that cannot be met; a full queue would drop or block silently
+UNBOUNDED = 0
+
+
+def enter(role: str, vm: str, parent: int, log: str | None) -> None:
+    """Become island ``role`` of machine ``vm``, child of process ``parent``."""
+    setproctitle.setproctitle(f"atoll {role} {vm}")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    stream = open(log, "a", buffering=1, encoding="utf-8") if log else sys.stderr  # noqa: SIM115 - lives as long as we
+    logging.basicConfig(stream=stream, format=f"%(asctime)s {role}: %(message)s", level=logging.INFO, force=True)
+    faulthandler.enable(stream)
+    watch_parent(parent)
+
+
+def watch_parent(parent: int) -> None:
+    """End this process when process ``parent`` ends."""
+    try:
+        pidfd = os.pidfd_open(parent)
+    except ProcessLookupError:
+        os._exit(1)
+
+    def wait() -> None:
+        poller = select.poll()
+        poller.register(pidfd, select.POLLIN)
+        poller.poll()
+        os._exit(1)
+
+    threading.Thread(target=wait, name="parent-watch", daemon=True).start()
+
+
+def dealer(context: zmq.Context[Any], endpoint: str, identity: bytes) -> zmq.Socket[Any]:
+    """A connected DEALER with the options that every socket of ours has."""
+    socket = context.socket(zmq.DEALER)
+    socket.set(zmq.LINGER, 0)
+    socket.set(zmq.IDENTITY, identity)
+    socket.set(zmq.RECONNECT_IVL, RECONNECT_MS)
+    socket.set(zmq.RCVHWM, UNBOUNDED)
+    socket.set(zmq.SNDHWM, UNBOUNDED)
+    socket.connect(endpoint)
+    return socket
+
+
+def router(context: zmq.Context[Any], endpoint: str) -> zmq.Socket[Any]:
+    """A bound ROUTER that says when it cannot route, and lets a restarted peer take its name over."""
+    socket = context.socket(zmq.ROUTER)
+    socket.set(zmq.LINGER, 0)
+    socket.set(zmq.ROUTER_MANDATORY, 1)
+    socket.set(zmq.ROUTER_HANDOVER, 1)
+    socket.set(zmq.RCVHWM, UNBOUNDED)
+    socket.set(zmq.SNDHWM, UNBOUNDED)
+    socket.bind(endpoint)
+    return socket
+
+
+class Control:
+    """An island's end of the control channel."""
+
+    def __init__(self, context: zmq.Context[Any], runtime: str, role: str) -> None:
+        self.role = role
+        self.socket = dealer(context, control_endpoint(runtime), role.encode())
+
+    def hello(self) -> None:
+        """Say that this island is ready to serve."""
+        self.notify(messages.Hello(role=self.role, pid=os.getpid()))
+
+    def notify(self, notice: msgspec.Struct) -> None:
+        self.socket.send(encode(notice))
+
+    def receive(self) -> messages.AnyCommand | None:
+        """The next command, or None when none is waiting."""
+        try:
+            frame = self.socket.recv(zmq.DONTWAIT)
+        except zmq.Again:
+            return None
+        return messages.commands.decode(frame)
+
+    def answer(self, command: messages.Command, value: Any = None, error: str | None = None) -> None:
+        self.notify(messages.Answer(serial=command.serial, value=value, error=error))
+
+    def flush(self, seconds: float = 1.0) -> None:
+        """Let queued notices leave; used once, before exit."""
+        self.socket.set(zmq.LINGER, int(seconds * 1000))
+        self.socket.close()

@@ -1,0 +1,357 @@
+"""A machine: its processes, from the first start to the last exit.
+
+States are QEMU's: prelaunch, running, paused, shutdown, internal-error. The coordinator is one
+asyncio loop; islands answer commands over ZeroMQ (see contract/messages.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import shutil
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+import blockd.main
+import devhost.main
+import vcpu.main
+from coordinator import runtime
+from coordinator.contract import messages
+from coordinator.contract.codec import encode
+from coordinator.contract.config import (
+    BlockdConfig,
+    DevhostConfig,
+    Export,
+    Machine,
+    VcpuConfig,
+    control_endpoint,
+)
+from coordinator.contract.errors import IslandError, MessageError
+from coordinator.contract.island import router
+from coordinator.contract.segment import Segment
+from coordinator.islands import Island
+
+log = logging.getLogger(__name__)
+
+#: how long an island may take to say hello, and to end when told to, seconds
+START_SECONDS = 60.0
+END_SECONDS = 5.0
+#: attention bit that makes a vCPU leave the guest and look at its control socket
+ATTN_CONTROL = 0x01
+
+Notice = messages.AnyNotice
+#: what may precede the guest's first instruction: loads RAM and says how vCPU 0 starts
+Loader = Callable[[Segment], messages.LoadCpu | None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the machine behaves, apart from what it is made of."""
+
+    start_paused: bool = False
+    no_reboot: bool = False
+    no_shutdown: bool = False
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Why a run ended. ``status`` is the exit status of ``atoll run``."""
+
+    reason: str
+    status: int = 0
+    error: str | None = None
+
+
+class Vm:
+    """Owns the segment, the control socket and the islands of one machine."""
+
+    def __init__(self, machine: Machine, options: Options, loader: Loader) -> None:
+        self.machine = machine
+        self.options = options
+        self.state = "prelaunch"
+        self.ending: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
+        #: called with (event name, data) for QMP
+        self.on_event: list[Callable[[str, dict[str, Any]], None]] = []
+        self.on_serial: Callable[[int, bytes], None] = lambda index, data: None
+        self.on_debug: Callable[[int, bytes], None] = lambda port, data: None
+        self.islands: dict[str, Island] = {}
+        self._loader = loader
+        self._hello: dict[str, asyncio.Event] = {}
+        self._open: dict[int, tuple[str, asyncio.Future[Any]]] = {}
+        self._serial = itertools.count(1)
+        self._lock = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.folder: Path | None = None
+        self.segment: Segment | None = None
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._socket: zmq.asyncio.Socket | None = None
+        self._doorbells: list[int] = []
+        self._expected_exit = False
+
+    # ---- start ---------------------------------------------------------------------------------
+    async def start(self) -> None:
+        """Bring up all islands; the guest runs unless asked to wait."""
+        machine = self.machine
+        self.folder = runtime.create(machine.name)
+        self.segment = Segment.create(vcpus=machine.vcpus, ram=machine.ram, tsc_khz=machine.tsc_khz)
+        self._doorbells = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)]
+        plain = router(self._context, control_endpoint(str(self.folder)))
+        self._socket = zmq.asyncio.Socket.shadow(plain)
+        self._spawn(self._receive())
+        self._start_islands()
+        await self._wait_for_hellos()
+        await self._load()
+        if not self.options.start_paused:
+            await self.cont()
+
+    def _start_islands(self) -> None:
+        machine, folder, segment = self.machine, str(self.folder), self.segment
+        assert segment is not None
+        common: dict[str, Any] = {"vm": machine.name, "runtime": folder, "parent": os.getpid()}
+        exports = tuple(
+            Export(id=d.id, file=d.file, format=d.format, read_only=d.read_only, media=d.media)
+            for d in machine.drives
+            if d.file is not None
+        )
+        self._island("blockd", blockd.main.main, BlockdConfig, exports=exports, **common)
+        self._island(
+            "devhost0", devhost.main.main, DevhostConfig, index=0, machine=machine,
+            segment_fd=segment.fd, doorbell_fd=self._doorbells[0], **common,
+        )
+        for i in range(machine.vcpus):
+            self._island(
+                f"vcpu{i}", vcpu.main.main, VcpuConfig, index=i,
+                segment_fd=segment.fd, doorbell_fds=tuple(self._doorbells), **common,
+            )
+
+    def _island(self, role: str, entry: Callable[[Any], None], config: type, **fields: Any) -> None:
+        assert self.folder is not None
+        log_file = self.folder / f"{role}.log"
+        self._hello[role] = asyncio.Event()
+        island = Island(role, entry, config(log=str(log_file), **fields), log_file)
+        self.islands[role] = island
+        asyncio.get_running_loop().add_reader(island.pidfd, self._died, role)
+
+    async def _wait_for_hellos(self) -> None:
+        ready = asyncio.gather(*(event.wait() for event in self._hello.values()))
+        done, _ = await asyncio.wait({ready, self.ending}, timeout=START_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        if self.ending.done():
+            ready.cancel()
+            raise IslandError(self.ending.result().error or "the machine ended while it was starting")
+        if not done:
+            ready.cancel()
+            late = [role for role, event in self._hello.items() if not event.is_set()]
+            raise IslandError(f"{', '.join(late)} did not start within {START_SECONDS:.0f} s")
+
+    async def _load(self) -> None:
+        """Fill RAM and set the start state, at power-on and at every reset."""
+        assert self.segment is not None
+        start = self._loader(self.segment)
+        if start is not None:
+            await self.command("vcpu0", start)
+
+    # ---- messages ------------------------------------------------------------------------------
+    def next_serial(self) -> int:
+        return next(self._serial)
+
+    async def command(self, role: str, command: messages.Command) -> Any:
+        """Send a command and wait for its answer; IslandError carries the island's error text."""
+        assert self._socket is not None
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._open[command.serial] = (role, future)
+        try:
+            await self._socket.send_multipart((role.encode(), encode(command)))
+            if role.startswith("vcpu") and self.segment is not None:
+                self.segment.attend(int(role[4:]), ATTN_CONTROL)
+            return await future
+        except zmq.ZMQError as error:
+            raise IslandError(f"{role} cannot be reached: {error}") from None
+        finally:
+            self._open.pop(command.serial, None)
+
+    async def _all(self, roles: list[str], kind: type[messages.Command]) -> None:
+        await asyncio.gather(*(self.command(role, kind(serial=self.next_serial())) for role in roles))
+
+    @property
+    def vcpus(self) -> list[str]:
+        return [f"vcpu{i}" for i in range(self.machine.vcpus)]
+
+    async def _receive(self) -> None:
+        assert self._socket is not None
+        while True:
+            identity, frame = await self._socket.recv_multipart()
+            role = identity.decode(errors="replace")
+            try:
+                notice = messages.notices.decode(frame)
+            except MessageError as error:
+                log.error("from %s: %s", role, error)
+                continue
+            self._handle(role, notice)
+
+    def _handle(self, role: str, notice: Notice) -> None:
+        match notice:
+            case messages.Answer(serial=serial, value=value, error=error):
+                _, future = self._open.get(serial, (role, None))
+                if future is not None and not future.done():
+                    if error is None:
+                        future.set_result(value)
+                    else:
+                        future.set_exception(IslandError(error))
+            case messages.Hello(protocol=protocol):
+                if protocol != messages.PROTOCOL:
+                    self._end(Ending("internal-error", 1, f"{role} speaks protocol {protocol}, not {messages.PROTOCOL}"))
+                elif role in self._hello:
+                    self._hello[role].set()
+            case messages.SerialOutput(index=index, data=data):
+                self.on_serial(index, data)
+            case messages.DebugOutput(port=port, data=data):
+                self.on_debug(port, data)
+            case messages.TrayMoved(drive=drive, open=is_open):
+                self.event("DEVICE_TRAY_MOVED", {"device": drive, "id": drive, "tray-open": is_open})
+            case messages.GuestReset(reason=reason):
+                self._spawn(self._guest_reset(reason))
+            case messages.GuestShutdown(reason=reason, status=status):
+                self._spawn(self._guest_shutdown(reason, status))
+            case messages.Failed(error=error):
+                self._end(Ending("internal-error", 1, error))
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._end(Ending("internal-error", 1, str(error) or repr(error)))
+
+    def event(self, name: str, data: dict[str, Any] | None = None) -> None:
+        for listener in self.on_event:
+            listener(name, data or {})
+
+    # ---- life and death ------------------------------------------------------------------------
+    def _died(self, role: str) -> None:
+        island = self.islands[role]
+        asyncio.get_running_loop().remove_reader(island.pidfd)
+        if self._expected_exit:
+            return
+        self.state = "internal-error"
+        self._end(Ending("internal-error", 1, island.epitaph()))
+
+    def _end(self, ending: Ending) -> None:
+        for _, future in self._open.values():
+            if not future.done():
+                future.set_exception(IslandError(ending.error or "the machine has ended"))
+        if not self.ending.done():
+            self.ending.set_result(ending)
+
+    async def _guest_reset(self, reason: str) -> None:
+        if self.options.no_reboot:
+            await self._guest_shutdown(reason, 0)
+            return
+        await self.reset(guest=True, reason=reason)
+
+    async def _guest_shutdown(self, reason: str, status: int) -> None:
+        guest = reason != "host-qmp-quit"
+        await self._pause()
+        self.state = "shutdown"
+        self.event("SHUTDOWN", {"guest": guest, "reason": reason})
+        if not self.options.no_shutdown or reason == "debug-exit":
+            self._end(Ending(reason, status))
+
+    async def _pause(self) -> None:
+        assert self.segment is not None
+        await self._all(self.vcpus, messages.Stop)
+        await self._all(["devhost0"], messages.Stop)
+        self.segment.stop_time()
+
+    async def _run(self) -> None:
+        assert self.segment is not None
+        self.segment.start_time()
+        await self._all(["devhost0"], messages.Run)
+        await self._all(self.vcpus, messages.Run)
+
+    async def cont(self) -> None:
+        """Run the guest (QMP cont)."""
+        async with self._lock:
+            if self.state == "running":
+                return
+            if self.state == "shutdown":
+                raise IslandError("the guest has shut down; reset it first")
+            await self._run()
+            self.state = "running"
+            self.event("RESUME")
+
+    async def stop(self) -> None:
+        """Pause the guest at an instruction boundary (QMP stop)."""
+        async with self._lock:
+            if self.state != "running":
+                return
+            await self._pause()
+            self.state = "paused"
+            self.event("STOP")
+
+    async def reset(self, guest: bool = False, reason: str = "host-qmp-system-reset") -> None:
+        """Power-on state everywhere; goes on running if it ran."""
+        async with self._lock:
+            runs = self.state == "running"
+            if runs:
+                await self._pause()
+            await self._all(["devhost0"], messages.Reset)
+            await self._all(self.vcpus, messages.Reset)
+            await self._load()
+            self.event("RESET", {"guest": guest, "reason": reason})
+            if runs:
+                await self._run()
+            elif self.state == "shutdown":
+                self.state = "paused"
+
+    async def quit(self, reason: str = "host-qmp-quit", status: int = 0) -> None:
+        """End the run from the host's side."""
+        self.event("SHUTDOWN", {"guest": False, "reason": reason})
+        self._end(Ending(reason, status))
+
+    async def close(self) -> None:
+        """End every island in order and remove what the machine left; safe at any stage of start."""
+        self._expected_exit = True
+        await self._end_islands()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._socket is not None:
+            self._socket.close()
+        self._context.destroy(linger=0)
+        if self.segment is not None:
+            self.segment.close()
+        for fd in self._doorbells:
+            os.close(fd)
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    async def _end_islands(self) -> None:
+        """vCPUs first, then who they talk to, blockd last so that it can flush."""
+        loop = asyncio.get_running_loop()
+        for prefix in ("vcpu", "devhost", "blockd"):
+            islands = [island for role, island in self.islands.items() if role.startswith(prefix)]
+            for island in islands:
+                if island.alive() and self._hello[island.role].is_set():
+                    with contextlib.suppress(IslandError, TimeoutError):
+                        quit_ = messages.Quit(serial=self.next_serial())
+                        await asyncio.wait_for(self.command(island.role, quit_), END_SECONDS)
+                else:
+                    island.kill()
+            for island in islands:
+                if not await loop.run_in_executor(None, island.reap, END_SECONDS):
+                    island.kill()
+                    await loop.run_in_executor(None, island.reap, END_SECONDS)
+                with contextlib.suppress(ValueError, OSError):
+                    loop.remove_reader(island.pidfd)
+                island.close()
