@@ -1,0 +1,204 @@
+"""Exports: which image is served under which name, and to whom.
+
+An export lives from open to retirement. While it lives its image stays open; retirement first
+finishes or discards the requests of every session, so afterwards nothing of the image changes
+any more. A new medium under the same name is a new export with the next epoch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from blockd.image import Image
+from blockd.raw import RawImage
+from coordinator.contract import config
+from coordinator.contract.errors import BlockError
+
+#: ATA sector (ATA8-ACS, 3.1.57) and CD-ROM user data (MMC-6, 4.2.3.4), in bytes
+DISK_SECTOR = 512
+CD_SECTOR = 2048
+
+
+class Counters:
+    """What has been asked of an export. Each session counts for itself, without a lock."""
+
+    __slots__ = ("errors", "flushes", "read_bytes", "reads", "write_bytes", "writes", "zeroes")
+
+    def __init__(self) -> None:
+        self.reads = self.read_bytes = 0
+        self.writes = self.write_bytes = 0
+        self.flushes = 0
+        #: trim and write-zeroes requests
+        self.zeroes = 0
+        #: requests answered with an error
+        self.errors = 0
+
+    def add(self, other: Counters) -> None:
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def as_dict(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+class Session(Protocol):
+    """A client that has chosen an export."""
+
+    counters: Counters
+
+    def peer_gone(self) -> bool:
+        """Has the client closed its end?"""
+        ...
+
+    def end(self) -> None:
+        """Finish the request being served, discard the rest, and return when nothing is served any
+        more."""
+        ...
+
+
+class Export:
+    """One image under one name."""
+
+    def __init__(self, name: str, image: Image, media: config.Media, epoch: int) -> None:
+        self.name = name
+        self.image = image
+        self.media = media
+        self.epoch = epoch
+        self._lock = threading.Lock()
+        self._sessions: set[Session] = set()
+        self._retired = False
+        self._past = Counters()
+
+    def join(self, session: Session) -> bool:
+        """Let a session begin; False when the export is being retired.
+
+        A client that died may have left requests in its socket, and comes back with the same ones:
+        so whatever sessions have lost their client are ended first. Otherwise an old write could land
+        on a newer one.
+        """
+        with self._lock:
+            lost = [other for other in self._sessions if other.peer_gone()]
+        for other in lost:
+            other.end()
+        with self._lock:
+            if not self._retired:
+                self._sessions.add(session)
+            return not self._retired
+
+    def leave(self, session: Session) -> None:
+        """A session has ended (called once by each that joined)."""
+        with self._lock:
+            self._sessions.discard(session)
+            self._past.add(session.counters)
+
+    def retire(self) -> None:
+        """End every session, make the image durable and close it. BlockError when the flush fails; the
+        image is closed all the same."""
+        with self._lock:
+            self._retired = True
+            sessions = list(self._sessions)
+        for session in sessions:
+            session.end()
+        try:
+            self.image.flush()
+        except OSError as error:
+            raise BlockError(f"{self.image.file}: flush failed: {error.strerror}", error.errno or 5) from None
+        finally:
+            self.image.close()
+
+    def describe(self) -> dict[str, Any]:
+        """What QueryExports tells."""
+        with self._lock:
+            total = Counters()
+            total.add(self._past)
+            for session in self._sessions:
+                total.add(session.counters)
+            clients = len(self._sessions)
+        return {
+            "id": self.name,
+            "file": self.image.file,
+            "format": self.image.format,
+            "media": self.media.value,
+            "size": self.image.size,
+            "read_only": self.image.read_only,
+            "epoch": self.epoch,
+            "clients": clients,
+            **total.as_dict(),
+        }
+
+
+def open_raw(wanted: config.Export) -> Image:
+    """A disk in whole sectors, or a CD-ROM, which is never written and padded to a whole sector."""
+    if wanted.media is config.Media.CDROM:
+        return RawImage(wanted.file, read_only=True, granularity=CD_SECTOR, pad=True)
+    return RawImage(wanted.file, read_only=wanted.read_only, granularity=DISK_SECTOR)
+
+
+#: format name to what opens it
+FORMATS: dict[str, Callable[[config.Export], Image]] = {"raw": open_raw}
+
+
+def open_image(wanted: config.Export) -> Image:
+    """The image of an export; BlockError in one line when it cannot be."""
+    opener = FORMATS.get(wanted.format)
+    if opener is None:
+        known = ", ".join(sorted(FORMATS))
+        raise BlockError(f"{wanted.file}: format {wanted.format!r} is unknown (known: {known})", 22)
+    return opener(wanted)
+
+
+class ExportTable:
+    """All exports by name, in the order in which they were opened."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._exports: dict[str, Export] = {}
+        self._epochs: dict[str, int] = {}
+
+    def find(self, name: str) -> Export | None:
+        """The export of that name. The empty name ("default export") means the only one there is."""
+        with self._lock:
+            if name == "" and len(self._exports) == 1:
+                return next(iter(self._exports.values()))
+            return self._exports.get(name)
+
+    def names(self) -> list[str]:
+        with self._lock:
+            return list(self._exports)
+
+    def open(self, wanted: config.Export) -> Export:
+        """Open an export; one of that name that is open is retired, and only if the new file is good."""
+        image = open_image(wanted)
+        with self._lock:
+            epoch = self._epochs[wanted.id] = self._epochs.get(wanted.id, 0) + 1
+            export = Export(wanted.id, image, wanted.media, epoch)
+            old = self._exports.get(wanted.id)
+            self._exports[wanted.id] = export
+        if old is not None:
+            old.retire()
+        return export
+
+    def close(self, name: str) -> None:
+        """Retire one export; BlockError when there is none of that name."""
+        with self._lock:
+            export = self._exports.pop(name, None)
+        if export is None:
+            raise BlockError(f"no export is named {name!r}", 2)
+        export.retire()
+
+    def close_all(self) -> list[str]:
+        """Retire every export; returns the errors that this brought, in one line each."""
+        errors = []
+        for name in self.names():
+            try:
+                self.close(name)
+            except BlockError as error:
+                errors.append(str(error))
+        return errors
+
+    def describe(self) -> list[dict[str, Any]]:
+        with self._lock:
+            exports = list(self._exports.values())
+        return [export.describe() for export in exports]

@@ -1,0 +1,97 @@
+"""Entry of the block daemon: as an island of a machine, or by itself from the command line.
+
+    python -m blockd.main --socket PATH --export ID=FILE[,ro=on][,media=cdrom] ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+
+import setproctitle
+import zmq
+
+from blockd.service import Service
+from coordinator.contract import config, messages
+from coordinator.contract.errors import AtollError, UsageError
+from coordinator.contract.island import Control, enter
+
+log = logging.getLogger(__name__)
+
+ROLE = "blockd"
+
+
+def main(start: config.BlockdConfig) -> None:
+    """Serve one machine's images until Quit, SIGTERM or the coordinator's death.
+
+    Says Hello when the exports are open and the socket listens, or Failed with a line for the user.
+    Exits 0 when everything was durable at the end, else 1.
+    """
+    enter(ROLE, start.vm, start.parent, start.log)
+    control = Control(zmq.Context.instance(), start.runtime, ROLE)
+    status = 0
+    try:
+        service = Service()
+        service.end_on_signal(signal.SIGTERM)
+        for export in start.exports:
+            service.exports.open(export)
+        service.listen(config.nbd_socket(start.runtime))
+        control.hello()
+        service.run(control)
+    except AtollError as error:
+        log.error("%s", error)
+        control.notify(messages.Failed(error=str(error)))
+        status = 1
+    control.flush()
+    sys.exit(status)
+
+
+def parse_export(text: str) -> config.Export:
+    """ID=FILE[,ro=on|off][,media=disk|cdrom][,format=raw]; a comma in a file's name is doubled."""
+    name, equals, rest = text.partition("=")
+    if not (name and equals):
+        raise UsageError(f"--export {text}: is not of the form ID=FILE[,ro=on]")
+    file, *options = (part.replace("\0", ",") for part in rest.replace(",,", "\0").split(","))
+    values = {"ro": "off", "media": "disk", "format": "raw"}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if key not in values or not equals:
+            raise UsageError(f"--export {text}: unknown option {option!r} (known: ro=, media=, format=)")
+        values[key] = value
+    if values["ro"] not in ("on", "off"):
+        raise UsageError(f"--export {text}: ro= takes on or off")
+    try:
+        media = config.Media(values["media"])
+    except ValueError:
+        raise UsageError(f"--export {text}: media= takes disk or cdrom") from None
+    return config.Export(name, os.path.abspath(file), values["format"], values["ro"] == "on", media)
+
+
+def standalone(arguments: list[str]) -> int:
+    """Serve the images named on the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="blockd", description="Serve disk images as NBD exports.")
+    parser.add_argument("--socket", required=True, metavar="PATH", help="UNIX socket to listen at")
+    form = "ID=FILE[,ro=on][,media=cdrom]"
+    parser.add_argument("--export", action="append", required=True, metavar=form, help="an image to serve")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(format="blockd: %(message)s", level=logging.WARNING)
+    try:
+        exports = [parse_export(text) for text in options.export]
+        setproctitle.setproctitle(f"atoll {ROLE} {options.socket}")
+        service = Service()
+        service.end_on_signal(signal.SIGTERM, signal.SIGINT)
+        for export in exports:
+            service.exports.open(export)
+        service.listen(os.path.abspath(options.socket))
+        service.run()
+    except AtollError as error:
+        print(f"blockd: {error}", file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(standalone(sys.argv[1:]))

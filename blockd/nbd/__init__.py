@@ -1,0 +1,1 @@
+"""The NBD server: handshake, transmission, and the connections that go through both."""

@@ -1,0 +1,180 @@
+"""Raw images: a file or block device whose bytes are the disk's bytes.
+
+System calls: preadv2(2), pwritev2(2), fallocate(2), lseek(2) with SEEK_DATA, posix_fadvise(2).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import logging
+import os
+import stat
+from collections.abc import Iterator
+
+from blockd.image import Buffer, Extent, Image
+from blockd.locks import lock_image
+from coordinator.contract.errors import BlockError
+
+log = logging.getLogger(__name__)
+
+#: linux/falloc.h
+FALLOC_FL_KEEP_SIZE = 0x01
+FALLOC_FL_PUNCH_HOLE = 0x02
+FALLOC_FL_ZERO_RANGE = 0x10
+
+#: source of zeroes where the file system cannot make them
+_ZEROES = memoryview(bytes(1 << 20))
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2), which the os module has without its mode."""
+    while _libc.fallocate(fd, mode, offset, length) != 0:
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+
+
+class RawImage(Image):
+    """A raw image. ``granularity`` is the sector of the drive that will use it.
+
+    A file whose size is no multiple of it is an error, because its last bytes could not be
+    reached; with ``pad`` (a CD-ROM, which is never written) they are followed by zeroes.
+    """
+
+    format = "raw"
+
+    def __init__(self, file: str, read_only: bool = False, granularity: int = 512, pad: bool = False) -> None:
+        """Open and lock; BlockError in one line when that cannot be."""
+        self.file = file
+        self.read_only = read_only
+        self._fd = _open(file, read_only)
+        try:
+            self._stored = _stored_size(self._fd, file)
+            rest = self._stored % granularity
+            if rest and not pad:
+                raise BlockError(
+                    f"{file}: size {self._stored} is not a multiple of {granularity} bytes "
+                    f"({granularity - rest} more would make it one)",
+                    errno.EINVAL,
+                )
+            self.size = self._stored + (granularity - rest if rest else 0)
+            if not lock_image(self._fd, file, not read_only):
+                log.warning("%s: its file system has no locks; nothing keeps a second writer away", file)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        done = os.preadv(self._fd, (view,), offset)
+        while done < len(view):
+            got = os.preadv(self._fd, (view[done:],), offset + done)
+            if got == 0:
+                # the padding behind the end, or a file that somebody has truncated
+                if offset + done < self._stored:
+                    raise OSError(errno.EIO, f"{self.file}: is shorter than it was")
+                view[done:] = bytes(len(view) - done)
+                return
+            done += got
+
+    def write(self, offset: int, data: Buffer, fua: bool = False) -> None:
+        flags = os.RWF_DSYNC if fua else 0
+        done = os.pwritev(self._fd, (data,), offset, flags)
+        if done < len(data):
+            rest = memoryview(data)
+            while done < len(rest):
+                done += os.pwritev(self._fd, (rest[done:],), offset + done, flags)
+
+    def flush(self) -> None:
+        if not self.read_only:
+            os.fdatasync(self._fd)
+
+    def trim(self, offset: int, length: int) -> None:
+        try:
+            _fallocate(self._fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+
+    def write_zeroes(self, offset: int, length: int, unmap: bool, fast: bool, fua: bool = False) -> None:
+        mode = (FALLOC_FL_PUNCH_HOLE if unmap else FALLOC_FL_ZERO_RANGE) | FALLOC_FL_KEEP_SIZE
+        try:
+            _fallocate(self._fd, mode, offset, length)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP or fast:
+                raise
+            end = offset + length
+            while offset < end:
+                piece = min(end - offset, len(_ZEROES))
+                self.write(offset, _ZEROES[:piece])
+                offset += piece
+        if fua:
+            self.flush()
+
+    def prefetch(self, offset: int, length: int) -> None:
+        os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        end = offset + length
+        while offset < end:
+            data = min(self._seek(offset, os.SEEK_DATA, end), end)
+            if data > offset:
+                yield Extent(data - offset, hole=True, zero=True)
+            if data < end:
+                hole = min(self._seek(data, os.SEEK_HOLE, end), end)
+                yield Extent(hole - data, hole=False, zero=False)
+                data = hole
+            offset = data
+
+    def _seek(self, offset: int, whence: int, end: int) -> int:
+        """The next data or hole; ``end`` when there is none (a hole reaches to the end of the file)."""
+        try:
+            return os.lseek(self._fd, offset, whence)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return end
+            if error.errno == errno.EINVAL:  # a device that does not know: all of it is data
+                return offset if whence == os.SEEK_DATA else end
+            raise
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def _open(file: str, read_only: bool) -> int:
+    """A descriptor; O_NONBLOCK so that a FIFO does not hang, and is refused afterwards."""
+    access = os.O_RDONLY if read_only else os.O_RDWR
+    try:
+        fd = os.open(file, access | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        hint = ""
+        if not read_only and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            hint = " for writing"
+        reason = os.strerror(error.errno or 0)
+        raise BlockError(f"{file}: cannot be opened{hint}: {reason}", error.errno or errno.EIO) from None
+    except ValueError:
+        raise BlockError(f"{file!r}: is no file name", errno.EINVAL) from None
+    fcntl.fcntl(fd, fcntl.F_SETFL, access)
+    return fd
+
+
+def _stored_size(fd: int, file: str) -> int:
+    """Bytes in the file or block device."""
+    try:
+        mode = os.fstat(fd).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            kind = "a directory" if stat.S_ISDIR(mode) else "no file and no block device"
+            raise BlockError(f"{file}: is {kind}", errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL)
+        size = os.lseek(fd, 0, os.SEEK_END)
+        if size:
+            os.pread(fd, 1, 0)
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise BlockError(f"{file}: cannot be read: {reason}", error.errno or errno.EIO) from None
+    if size == 0:
+        raise BlockError(f"{file}: is empty", errno.EINVAL)
+    return size
