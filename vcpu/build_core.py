@@ -28,8 +28,7 @@ INCLUDES = [HERE / "core", CONTRACT]
 
 def sources() -> list[Path]:
     """C files beside the generated one."""
-    shared = [CONTRACT / "segment.c"] if (CONTRACT / "segment.c").exists() else []
-    return sorted((HERE / "core").glob("*.c")) + shared
+    return sorted((HERE / "core").glob("*.c")) + sorted(CONTRACT.glob("[!_]*.c"))
 
 
 def _cdef(path: Path) -> str:

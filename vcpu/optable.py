@@ -327,6 +327,8 @@ def generate() -> str:
             bits.append("OPF_RM_OPCODE")
         if row.byte:
             bits.append("OPF_BYTE")
+        if {o.kind for o in row.operands} & {"C", "D"}:
+            bits.append("OPF_MOD3")
         mod = "OPM_MEM" if row.forms() == ("m",) else "OPM_REG" if row.modrm and row.forms() == ("r",) else "OPM_ANY"
         aux = (row.condition if row.condition is not None else host.index(row) if "host" in row.words
                else int(row.values.get("aux", "0"), 0))

@@ -20,7 +20,7 @@
 #define unlikely(x) __builtin_expect(!!(x), 0)
 #define COLD __attribute__((cold, noinline))
 
-enum { RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8, R9, R10, R11, R12, R13, R14, R15, R_ZERO };
+enum { RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8, R9, R10, R11, R12, R13, R14, R15, R_ZERO, R_RIP };
 enum { ES, CS, SS, DS, FS, GS, SEG_NONE };
 
 /* RFLAGS, SDM vol. 1 section 3.4.3 */
@@ -66,7 +66,7 @@ struct uop {
     uop_fn fn;
     uint8_t reg;     /* ModRM.reg with REX.R; of a byte operand (Gb): offset in gpr[], see REG8 */
     uint8_t rm;      /* ModRM.rm with REX.B or the register in the opcode; likewise; RM_MEM: memory operand */
-    uint8_t base, index; /* RAX..R15 or R_ZERO */
+    uint8_t base, index; /* RAX..R15, R_ZERO or (base, in a block) R_RIP = rip of the block's first byte */
     uint8_t scale;   /* shift count 0-3 */
     uint8_t seg;     /* segment of the memory operand, override applied */
     uint8_t mode;    /* UOP_* */
@@ -91,17 +91,20 @@ struct uop {
 /* Translated code from rip on; block.c owns it. */
 struct block {
     uint64_t rip;                     /* of its first byte */
+    uint32_t count;                   /* instructions */
+    uint32_t mode;                    /* MODE_* */
     uint64_t offset;                  /* of its first byte in guest memory */
-    uint64_t offset2;                 /* page-aligned, of the second page where the (only) instruction straddles; else SEG_NO_OFFSET */
+    uint64_t offset2;                 /* of the second page, where its only instruction straddles; else SEG_NO_OFFSET */
     struct block *hash_next;
     struct block *page_next;          /* blocks that begin in the same page */
+    struct block *straddle_next;      /* blocks that end in the same second page */
     uint32_t limit;                   /* CS limit it was decoded with; only for segmented code */
-    uint16_t mode;                    /* MODE_* */
-    uint16_t count;                   /* instructions */
     uint16_t bytes, uops;
-    uint32_t dropped;
     struct uop u[];
 };
+/* Jump cache: blocks by rip; void when its key is not the cpu's */
+#define JUMP_BITS 12
+struct jump_entry { struct block *block; uint64_t key; };
 
 /* What a block depends on besides its bytes. */
 #define MODE_64 0x1      /* 64-bit mode */
@@ -155,6 +158,7 @@ struct cpu {
     bool fault_has_error;
     struct system_state sys;          /* mmu.c fault.c debug.c */
     struct tlb_entry tlbs[TLB_MODES][TLB_SIZE];
+    struct jump_entry jump[1 << JUMP_BITS];
     struct block_cache *blocks;       /* block.c */
     struct host_stubs *stubs;         /* stub.c: host instructions for SSE and x87 */
     void *handle;                     /* for the callback into Python */
@@ -163,7 +167,9 @@ struct cpu {
     int doorbell[SEG_MAX_HOSTS];      /* eventfd of each device host, -1 = none */
 };
 
-#define GPR(c, i) ((c)->s.arch.gpr[i])
+/* The general registers, and behind them R_ZERO and R_RIP. arch.rip, while a block executes, is that of its first byte: uop_rip(). */
+#define GPR(c, i) (((uint64_t *)&(c)->s.arch)[i])
+_Static_assert(offsetof(struct cpu_arch, zero) == R_ZERO * 8 && offsetof(struct cpu_arch, rip) == R_RIP * 8, "registers a uop names");
 #define ARCH(c) (&(c)->s.arch)
 /* Byte register: u->reg and u->rm of byte operands are offsets in gpr[] (n * 8, or (n - 4) * 8 + 1 for AH CH DH BH) */
 #define REG8(c, off) (((uint8_t *)(c)->s.arch.gpr)[off])
