@@ -296,10 +296,47 @@ def _flag_words(row: Row, attribute: str) -> int:
     return row.flags(attribute) & 0xFFFF
 
 
+def _host_row(row: Row) -> str:
+    """struct host_row of host.h."""
+    classes = dict.fromkeys("PQN", "MMX") | dict.fromkeys("VWU", "XMM") | dict.fromkeys("GER", "GPR") | {"M": "NONE"}
+    accesses = {"r": "HOST_R", "w": "HOST_W", "rw": "HOST_R | HOST_W"}
+    places = {"reg": ("HOST_NONE", "0"), "rm": ("HOST_NONE", "0")}
+    size, bits = 0, ["HOSTF_MODRM"] if row.modrm else []
+    for operand in row.operands:
+        if operand.kind in classes:
+            place = "reg" if operand.kind in "PVG" else "rm"
+            places[place] = (f"HOST_{classes[operand.kind]}", accesses[operand.access])
+            if operand.kind in "QWEM":
+                size = {"b": 1, "w": 2, "d": 4, "y": 4, "q": 8, "t": 10, "x": 16}[operand.size]
+            if operand.size == "y":
+                bits.append("HOSTF_Y")
+        elif operand.text in ("XMM0", "ECX", "AX"):
+            bits.append(f"HOSTF_{operand.text}_{operand.access.upper()}")
+        elif operand.text == "EAX":
+            bits.append("HOSTF_EAX_EDX")
+    x87 = row.map == 0 and 0xD8 <= row.opcode <= 0xDF
+    kinds = {operand.kind for operand in row.operands}
+    sse = kinds & {"V", "W", "U"} or row.opcode == 0xAE
+    gate = "X87" if x87 else "WAIT" if row.map == 0 else "SSE" if sse else "MMX"
+    conditions = {"HOSTF_IMM": row.immediate() is not None, "HOSTF_UNALIGNED": "unaligned" in row.words,
+                  "HOSTF_X87": "x87" in row.words and "nowait" not in row.words, "HOSTF_FLAGS": "mod" in row.values,
+                  "HOSTF_POINTERS": x87 and "control" not in row.words, "HOSTF_CONDITION": "use" in row.values}
+    bits = sorted(set(bits)) + [name for name, holds in conditions.items() if holds]
+    prefix, opcode = row.prefix, row.opcode
+    if "as" in row.values:
+        prefix, _, text = row.values["as"].partition(".")
+        opcode = int(text, 16)
+    opcode_map = 1 if "as" in row.values else row.map
+    fields = (0 if prefix in ("", "np") else int(prefix, 16), opcode_map, opcode, 0xFF if row.ext is None else row.ext,
+              0xFF if row.rm is None else row.rm, *places["reg"], *places["rm"], size, f"GATE_{gate}",
+              " | ".join(bits) or "0")
+    return f"  {{{', '.join(map(str, fields))}}}, /* {row.key} */"
+
+
 def generate() -> str:
     """C text: struct oprow oprows[], ophandlers[], opindex[4][256], host_rows[]; see decode.h."""
     rows = sorted(load(), key=lambda row: (row.map, row.opcode, _rank(row)))
-    out = ['#include "decode.h"']
+    out = ['#include "decode.h"', '#include "host.h"']
     names = sorted({name for row in rows for name in handlers(row).values()})
     out += [f"void {name}(struct cpu *, const struct uop *) __attribute__((weak));" for name in names]
     sets: dict[tuple[str, ...], int] = {}
@@ -346,12 +383,7 @@ def generate() -> str:
     for opcode_map in index:
         out.append("  {" + ", ".join(f"{{{first}, {count}}}" for first, count in opcode_map) + "},")
     out += ["};", "const struct host_row host_rows[] = {"]
-    for row in host:
-        words = " | ".join(f"OPF_{word.upper()}" for word in sorted(row.words))
-        out.append(f"  {{{words}, OPP_{(row.prefix or 'any').upper()}, {row.map}, {row.opcode:#x}, {0xFF if row.ext is None else row.ext}, "
-                   f"{int(row.immediate() is not None)}, {2 if row.w is None else row.w}, \"{' '.join(o.text for o in row.operands)}\"}}, "
-                   f"/* {row.key} */")
-    out += ['  {0, 0, 0, 0, 0, 0, 0, ""}', "};", f"const unsigned host_row_count = {len(host)};"]
+    out += [*map(_host_row, host), "};"]
     out.append("const struct opname opnames[] = {")
     out += [f'  {{"{name}", {name}}},' for name in names]
     out += ["  {0, 0}", "};", ""]

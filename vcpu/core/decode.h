@@ -41,14 +41,11 @@ struct oprow {
     uint8_t imm, imm2;           /* enum imm_kind */
 };
 struct opindex { uint16_t first, count; };
-struct host_row { uint32_t bits; uint8_t prefix, map, opcode, ext, imm, w; const char *operands; }; /* imm: has an immediate byte */
 struct opname { const char *name; uop_fn fn; };
 
 extern const uop_fn ophandlers[][5][4]; /* [form][log2 of operand bytes]; 0: no such encoding */
 extern const struct oprow oprows[];
 extern const struct opindex opindex[4][256];
-extern const struct host_row host_rows[];
-extern const unsigned host_row_count;
 extern const struct opname opnames[];   /* all handlers; fn = 0: not there; ends with name = 0 */
 
 struct decoded {
