@@ -1,6 +1,6 @@
 """Entry of the block daemon: as an island of a machine, or by itself from the command line.
 
-    python -m blockd.main --socket PATH --export ID=FILE[,ro=on][,media=cdrom] ...
+python -m blockd.main --socket PATH --export ID=FILE[,ro=on][,media=cdrom] ...
 """
 
 from __future__ import annotations

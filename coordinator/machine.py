@@ -44,6 +44,10 @@ log = logging.getLogger(__name__)
 #: how long an island may take to say hello, and to end when told to, seconds
 START_SECONDS = 60.0
 END_SECONDS = 5.0
+#: of the standard VGA card
+VRAM_SIZE = 16 << 20
+#: behind the firmware in the segment's ROM: the VGA option ROM
+OPTION_ROM_ROOM = 64 << 10
 #: attention bit that makes a vCPU leave the guest and look at its control socket
 ATTN_CONTROL = 0x01
 
@@ -101,7 +105,13 @@ class Vm:
         """Bring up all islands; the guest runs unless asked to wait."""
         machine = self.machine
         self.folder = runtime.create(machine.name)
-        self.segment = Segment.create(vcpus=machine.vcpus, ram=machine.ram, tsc_khz=machine.tsc_khz)
+        self.segment = Segment.create(
+            vcpus=machine.vcpus,
+            ram=machine.ram,
+            vram=VRAM_SIZE if machine.vga else 0,
+            rom=machine.rom_size + OPTION_ROM_ROOM,
+            tsc_khz=machine.tsc_khz,
+        )
         self._doorbells = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)]
         plain = router(self._context, control_endpoint(str(self.folder)))
         self._socket = zmq.asyncio.Socket.shadow(plain)
@@ -155,8 +165,12 @@ class Vm:
         """Fill RAM and set the start state, at power-on and at every reset."""
         assert self.segment is not None
         start = self._loader(self.segment)
-        if start is not None:
-            await self.command("vcpu0", start)
+        if start is None:
+            return
+        for role in self.vcpus:  # all get what firmware sets everywhere; the first one starts
+            mode = start.mode if role == "vcpu0" else "wait"
+            load = messages.LoadCpu(serial=self.next_serial(), mode=mode, registers=start.registers)
+            await self.command(role, load)
 
     # ---- messages ------------------------------------------------------------------------------
     def next_serial(self) -> int:

@@ -93,11 +93,12 @@ def _finish(s: Settings) -> None:
         raise UsageError("the terminal is used twice; only one of -serial, -monitor and -qmp can have stdio (mon:stdio shares it)")
 
 
-def machine(s: Settings, vga_rom: str | None) -> Machine:
-    """The configuration that every process reads."""
+def machine(s: Settings, vga_rom: str | None, rom_size: int) -> Machine:
+    """The configuration that every process reads; ``rom_size`` is 0 where no firmware runs."""
+    boot = Boot(order=s.boot.order, menu=s.boot.menu, direct=s.kernel is not None)
     return Machine(
         name=s.name, vcpus=s.vcpus, ram=s.ram, drives=tuple(sorted(s.drives, key=lambda d: d.index)),
-        serials=min(len(s.serials), 2), vga=bool(s.vga), rtc=s.rtc, boot=s.boot, uuid=s.uuid,
+        serials=min(len(s.serials), 2), vga=bool(s.vga), rtc=s.rtc, boot=boot, uuid=s.uuid, rom_size=rom_size,
         debug_exit=s.debug_exit, vga_rom=vga_rom if s.vga else None, trace=tuple(s.trace),
     )
 

@@ -45,10 +45,14 @@ def _start_log(s: Settings) -> None:
 
 
 async def _run(s: Settings) -> int:
-    s.boot = build.Boot(order=s.boot.order, menu=s.boot.menu, direct=s.kernel is not None)
     vga_rom = str(pieces.firmware("vgabios-stdvga.bin")) if s.vga else None
-    machine = build.machine(s, vga_rom)
-    loader = boot.loader(machine, bios=s.bios, kernel=s.kernel, initrd=s.initrd, append=s.append)
+    if s.kernel is not None:
+        machine = build.machine(s, vga_rom, rom_size=0)
+        loader = boot.kernel_loader(machine, Path(s.kernel), s.initrd, s.append)
+    else:
+        image = boot.read_firmware(Path(s.bios) if s.bios else pieces.firmware("bios-256k.bin"))
+        machine = build.machine(s, vga_rom, rom_size=len(image))
+        loader = boot.firmware_loader(image)
     vm = Vm(machine, s.options, loader)
     loop = asyncio.get_running_loop()
     stop_signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -65,6 +65,8 @@ class Machine(msgspec.Struct, frozen=True):
     debug_exit: DebugExit | None = None
     #: file of the VGA option ROM, handed out through the PCI ROM BAR; None with -vga none
     vga_rom: str | None = None
+    #: bytes of the firmware image at the start of the segment's ROM; 0 where no firmware runs
+    rom_size: int = 0
     #: guest events to trace, as given to -trace
     trace: tuple[str, ...] = ()
 

@@ -3,7 +3,7 @@
  * code events, interrupts. Prototypes and integer constants only: C includes this text, cffi parses it.
  * `seg` is the address at which the segment is mapped. No function here blocks on another process for
  * longer than that process holds a lock word, except seg_map_publish() and the *_wait() functions.
- * Sources: timebase.c attention.c map.c memory.c ring.c fabric.c ioapic.c.
+ * Sources: timebase.c attention.c map.c memory.c ring.c fabric.c ioapic.c
  */
 #pragma once
 
@@ -59,8 +59,6 @@ int seg_code_written(struct seg_header *seg, uint64_t guest_offset, uint32_t n);
 void seg_code_mark(struct seg_header *seg, uint64_t page, uint64_t lines);
 /* Walks the code log: 1 and a page, 0 nothing new, -1 fell behind (drop all). */
 int seg_code_next(struct seg_header *seg, uint64_t *cursor, uint64_t *page);
-/* Dirty pages since the last call, as a copy; the marks are cleared and ATTN_TLB raised. */
-void seg_dirty_take(struct seg_header *seg, uint8_t *to);
 
 /* ---- posted rings (ring.c) ---- */
 uint64_t ring_ticket(struct seg_header *seg, uint32_t host);

@@ -18,8 +18,8 @@ while [ "$1" = -o ] || [ "$1" = -q ]; do
 done
 echo "$0 $*" >>"$LOG"
 case $1 in
-pkgnames) echo linux-image-6.1.0-9-cloud-amd64-unsigned; echo linux-image-6.12.1-cloud-amd64-unsigned
-    echo linux-image-6.1.0-10-cloud-amd64-unsigned; echo linux-image-6.1.0-99-cloud-amd64-unsigned; echo seabios ;;
+pkgnames) echo seabios; for n in 6.1.0-9 6.12.1 6.1.0-10 6.1.0-99; do
+    echo linux-image-$n-cloud-amd64-unsigned; done ;;
 madison) shift; for name; do case $name in *-99-*) ;; *) echo "$name | 1.0 | source" ;; esac; done ;;
 update) touch "$lists/fresh" ;;
 download) if [ -n "$lists" ] && [ -e "$lists/fresh" ]; then touch "$2_1.0_all.deb"; else
@@ -29,7 +29,8 @@ esac
 UNPACK = """\
 #!/bin/sh
 case $2 in
-*seabios*) mkdir -p "$3/usr/share/seabios" && cd "$3/usr/share/seabios" && touch bios-256k.bin vgabios-stdvga.bin ;;
+*seabios*) mkdir -p "$3/usr/share/seabios" && cd "$3/usr/share/seabios" &&
+    touch bios-256k.bin vgabios-stdvga.bin ;;
 *) mkdir -p "$3/boot" "$3/lib/modules/6.1.0-10/kernel" && touch "$3/boot/vmlinuz-6.1.0-10" ;;
 esac
 """

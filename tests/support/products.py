@@ -52,9 +52,9 @@ def source(*paths: Path) -> list[bytes]:
 
 
 @cache
-def bench_program() -> Path:
-    """The static benchmark program of tests/guests/bench."""
-    files = sorted((GUESTS / "bench").glob("*.[ch]"))
+def program(name: str) -> Path:
+    """The static program built from the C files of tests/guests/NAME; runs here and in guests."""
+    files = sorted((GUESTS / name).glob("*.[ch]"))
     compiler = os.environ.get("CC", "gcc")
     if shutil.which(compiler) is None:
         raise ConfigError(f"{compiler} not found: run `make setup`")
@@ -67,25 +67,25 @@ def bench_program() -> Path:
             [compiler, *flags, "-o", str(path), *units], capture_output=True, text=True, check=False
         )
         if result.returncode != 0:
-            raise ConfigError(f"cannot compile the benchmark:\n{result.stderr}")
+            raise ConfigError(f"cannot compile tests/guests/{name}:\n{result.stderr}")
 
-    return product("bench", [version, *flags, *source(*files)], build)
+    return product(name, [version, *flags, *source(*files)], build)
 
 
 @cache
 def initramfs() -> Path:
-    """busybox, the CD modules, the benchmark and tests/guests/init, as the kernel wants it."""
+    """busybox, the CD modules, our own programs and tests/guests/init, as the kernel wants it."""
     builder = source(Path(cpio.__file__), Path(modules.__file__), Path(__file__), GUESTS / "init")
-    busybox, bench = pieces.busybox(), bench_program()
+    programs = {"busybox": pieces.busybox(), "bench": program("bench"), "port": program("port")}
 
     def build(path: Path) -> None:
         archive = cpio.Archive()
         for folder in ("dev", "proc", "sys", "tmp", "modules"):
             archive.folder(folder)
         archive.device("dev/console", 5, 1)
-        archive.file("bin/busybox", busybox.read_bytes(), 0o755)
+        for name, file in programs.items():
+            archive.file(f"bin/{name}", file.read_bytes(), 0o755)
         archive.symlink("bin/sh", "busybox")
-        archive.file("bin/bench", bench.read_bytes(), 0o755)
         ordered = modules.load_order(pieces.modules_dir(), CD_MODULES)
         for name, elf in ordered:
             archive.file(f"modules/{name}.ko", elf)
@@ -95,14 +95,17 @@ def initramfs() -> Path:
 
     kernel = pieces.modules_dir()
     identity = [kernel.name, str((kernel / "modules.builtin").stat().st_size)]
-    return product("initramfs.gz", [*identity, *source(busybox, bench), *builder], build)
+    return product("initramfs.gz", [*identity, *source(*programs.values()), *builder], build)
 
 
 @cache
-def demo_iso(words: str = "atoll.demo=hash", payload_bytes: int = PAYLOAD_BYTES, seed: int = 1) -> Path:
+def demo_iso(
+    words: str = "atoll.demo=hash", payload_bytes: int = PAYLOAD_BYTES, seed: int = 1, name: str = "demo"
+) -> Path:
     """A bootable ISO with the kernel, the initramfs and a random payload.
 
-    `words` follow `console=ttyS0` on the kernel's command line; they are the demo's own.
+    `words` follow `console=ttyS0` on the kernel's command line; they are the guest's own. Variants
+    that are used together need names of their own, as few versions of a name are kept.
     """
     initrd = initramfs()
     inputs = [pieces.kernel().name, initrd.name, words, str(payload_bytes), str(seed)]
@@ -117,7 +120,7 @@ def demo_iso(words: str = "atoll.demo=hash", payload_bytes: int = PAYLOAD_BYTES,
             payload_bytes=payload_bytes, seed=seed,
         )
 
-    return product("demo.iso", [*inputs, *loader], build)
+    return product(f"{name}.iso", [*inputs, *loader], build)
 
 
 def sha256_of(path: Path) -> str:

@@ -40,7 +40,7 @@ def test_cpio_headers_follow_the_format() -> None:
 
 
 def test_another_cpio_reads_it() -> None:
-    command = [pieces.busybox(), "cpio", "-t"]
+    command = [str(pieces.busybox()), "cpio", "-t"]
     listed = subprocess.run(command, input=archive(), capture_output=True, check=True)
     assert listed.stdout.split() == [b"a", b"a/b", b"a/b/hello", b"a/link", b"dev", b"dev/console", b"a/odd"]
 

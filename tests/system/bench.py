@@ -281,7 +281,7 @@ def main(arguments: list[str] | None = None) -> int:
         words = [["-t", f"{options.seconds:g}", "-c", copies, *kernels] for copies in counts]
         machines: dict[str, Machine] = {}
         if "native" in names:
-            machines["native"] = run_native(products.bench_program(), words)
+            machines["native"] = run_native(products.program("bench"), words)
         if "qemu" in names and shutil.which(QEMU):
             tcg = Launcher((QEMU, "-accel", "tcg,thread=multi"))
             machines["qemu"] = run_guest("qemu", tcg, words, options.passes)

@@ -26,6 +26,7 @@ unsigned mmu_mode_for_cpl(const struct cpu *c, unsigned cpl);
 void *phys_ptr(struct cpu *c, uint64_t gpa, bool write);
 void phys_written(struct cpu *c, const void *host, unsigned n);
 
+void mmu_reset(struct cpu *c); /* a new process or new state: nothing in any TLB */
 bool mmu_load_pdptes(struct cpu *c, uint64_t cr3); /* PAE; false: reserved bits set, #GP */
 
 /* ---- for a debugger: no side effects, privilege ignored. gpa, or SEG_NO_OFFSET where nothing is mapped. */

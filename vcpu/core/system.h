@@ -42,8 +42,14 @@
 #define EFER_NXE 0x800u
 #define EFER_FFXSR 0x4000u
 
-/* Value of longjmp(c->unwind, ...): why the run loop gets control. */
-enum unwind { UNWIND_EVENT = 1 /* raise_*(): call fault_deliver() */, UNWIND_ABANDON = 2 /* a sync access was given up */ };
+/* Debug registers, SDM vol. 3 section 17.2 */
+#define DR6_BD 0x2000u
+#define DR6_BS 0x4000u
+#define DR6_BT 0x8000u
+#define DR6_FIXED 0xffff0ff0u
+#define DR7_GD 0x2000u
+#define DR7_FIXED 0x400u
+#define DR7_LOCAL 0x55u /* L0-L3 */
 
 static inline bool mode_protected(const struct cpu *c) { return c->s.arch.cr0 & CR0_PE; }
 static inline bool mode_vm86(const struct cpu *c) { return c->s.arch.rflags & FLAG_VM; }
@@ -51,29 +57,22 @@ static inline bool mode_real_or_vm86(const struct cpu *c) { return !mode_protect
 static inline bool mode_long(const struct cpu *c) { return c->s.arch.efer & EFER_LMA; } /* 64-bit or compatibility */
 static inline bool mode_64(const struct cpu *c) { return mode_long(c) && (c->s.arch.seg[CS].attr & 0x2000); }
 
-/* ---- fault.c: events. raise_*() are in cpu.h. */
-/* The run loop after UNWIND_EVENT. May raise again (unwinds to the same place). On a triple fault activity is
- * ACT_SHUTDOWN and exit_reason EXIT_SHUTDOWN. */
-void fault_deliver(struct cpu *c);
-/* An interrupt at an instruction boundary; rip is exact. in_rep: between two items of a string instruction (RF is pushed
- * as 1). Sets nmi_blocked for EVENT_NMI. May raise. The caller ends the HLT. */
+/* ---- fault.c: events. raise_*() and fault_deliver() are in cpu.h. On a triple fault activity is ACT_SHUTDOWN and exit_reason
+ * EXIT_SHUTDOWN. */
+/* An interrupt at an instruction boundary; rip is exact. EVENT_NMI sets nmi_blocked. May raise. The caller ends the HLT. */
 void deliver_interrupt(struct cpu *c, unsigned vector, enum event_kind kind);
 
-/* ---- debug.c: breakpoints and single step. c->single must be true while debug_wanted(). */
-bool debug_wanted(const struct cpu *c);      /* TF, or DR7 enables something */
-void debug_before(struct cpu *c);            /* before an instruction when single: may raise #DB (instruction breakpoint) */
-void debug_after(struct cpu *c, bool tf);    /* behind it, rip exact; tf = RFLAGS.TF before it: may raise #DB */
-void debug_io(struct cpu *c, unsigned port, unsigned width); /* I/O breakpoints, CR4.DE */
+/* ---- debug.c; debug_before() and debug_after() are in cpu.h */
+void debug_io(struct cpu *c, unsigned port, unsigned width); /* I/O breakpoints, CR4.DE: by IN and OUT */
 void debug_access(struct cpu *c, uint64_t lin, unsigned size, bool write); /* data breakpoints: from the slow path */
-void debug_update(struct cpu *c);            /* after a change of DR7 */
+void debug_update(struct cpu *c);            /* after a change of DR7: c->single and the TLB in force */
+_Noreturn void debug_trap(struct cpu *c, uint32_t dr6); /* #DB at once, rip is exact */
 
 /* ---- state as a whole */
 enum reset_kind { RESET_POWER, RESET_INIT };
 void core_reset(struct cpu *c, enum reset_kind kind); /* SDM vol. 3 table 9-1; INIT keeps FPU, MSRs, CR0.CD/NW; an AP waits for SIPI */
 void core_sipi(struct cpu *c, uint32_t vector);       /* starts at vector << 12, if it waits */
 void system_load(struct cpu *c);                      /* after arch was written from outside: TLBs, mode, caches */
-/* Whatever follows from CS, CR0, CR4, EFER, CPL, RFLAGS.AC/TF: called by all that change them (A's decode mode too). */
-void mode_changed(struct cpu *c);
 
 /* ---- time and paravirtualisation, kvm.c */
 void kvm_sleeping(struct cpu *c);  /* HLT wait begins: steal time page says preempted */

@@ -8,6 +8,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "segment.h"
+
 /* What kind of event is delivered: decides the pushed RF, the EXT bit and the checks of a gate's DPL. */
 enum event_kind {
     EVENT_FAULT,    /* rip at the instruction, RF pushed as 1 */
@@ -23,6 +25,7 @@ struct system_state {
     uint64_t tlb_global[3][16];  /* by TLB: bit of a slot = its entry is of a global page (TLB_MODES, TLB_SIZE / 64) */
     uint64_t large_filter;       /* bit (linear >> 21) & 63: slots may hold parts of a large page there */
     uint32_t tlb_used;           /* bit m: c->tlbs[m] holds entries */
+    struct map_region region;    /* the last found for a physical address; size 0: none */
     uint64_t pdpte[4];           /* PAE: loaded with CR3 (SDM vol. 3 section 4.4.1) */
     /* -- fault.c -- */
     uint8_t event_kind;          /* of the event that raise_*() found, enum event_kind */
@@ -32,6 +35,7 @@ struct system_state {
     /* -- debug.c -- */
     uint32_t debug_enabled;      /* bit i: DRi enabled by DR7 */
     uint32_t debug_data;         /* bit i: ... as a data or I/O breakpoint */
+    bool resumed;                /* RF was set before the instruction under way */
     uint32_t debug_hit;          /* DR6 bits collected by the instruction under way */
 };
 

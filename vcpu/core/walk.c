@@ -25,7 +25,7 @@
 #define PF_RSVD 0x8u
 #define PF_I 0x10u
 
-struct level { void *entry; uint64_t value; };
+struct level { uint64_t gpa; void *entry; uint64_t value; };
 
 struct tables {
     uint64_t table;    /* gpa of the first table */
@@ -75,8 +75,8 @@ static bool mark_accessed(struct cpu *c, const struct level *l, unsigned n, unsi
         if ((l[i].value & want) == want) {
             continue;
         }
-        if (!phys_is_ram(c, l[i].entry)) {
-            continue; /* tables in ROM: hardware's write is lost as well */
+        if (!l[i].entry || phys_ptr(c, l[i].gpa, true) != l[i].entry) {
+            continue; /* tables in ROM or nowhere: hardware's write is lost as well */
         }
         if (!entry_swap(&l[i], width, l[i].value | want)) {
             return false;
@@ -128,8 +128,8 @@ uint32_t walk_linear(struct cpu *c, uint64_t lin, enum mmu_access access, unsign
             if (table == SEG_NO_OFFSET) {
                 return code;
             }
-            uint64_t gpa = table + ((lin >> shift) & ((1u << t.bits) - 1)) * t.width;
-            l[n].entry = phys_ptr(c, gpa, false);
+            l[n].gpa = table + ((lin >> shift) & ((1u << t.bits) - 1)) * t.width;
+            l[n].entry = phys_ptr(c, l[n].gpa, false);
             l[n].value = l[n].entry ? entry_load(l[n].entry, t.width) : UINT64_MAX; /* nobody answers: all ones */
             uint64_t e = l[n++].value;
             if (!(e & PTE_P)) {
