@@ -148,7 +148,9 @@ struct cpu {
     uint8_t *dirty;
     uint8_t *base;                    /* host address of the segment */
     struct seg_header *seg;
-    int64_t budget;                   /* instructions left in this run() */
+    int64_t budget;                   /* instructions left in this run(); block heads count down */
+    int64_t budget_noted;             /* what of it is in s.instructions already */
+    uint64_t run_started, halt_before; /* host ns and s.halt_ns when run() was entered */
     jmp_buf unwind;                   /* run loop: after a fault or an abandoned access */
     uint32_t index;                   /* vCPU number */
     bool single;                      /* debug registers are armed: one instruction at a time, with debug_before/after (B) */

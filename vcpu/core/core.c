@@ -1,0 +1,117 @@
+/* A vCPU's address space: the segment, and in front of the private state the vCPU's own block of it. */
+#include "apic.h"
+#include "api.h"
+#include "block.h"
+#include "decode.h"
+#include "flags.h"
+#include "host.h"
+#include "mem.h"
+#include "system.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <sys/mman.h>
+
+static char error[256];
+
+const char *core_error(void) { return error; }
+
+static struct cpu *fail(const char *what, int number)
+{
+    snprintf(error, sizeof error, "%s%s%s", what, number ? ": " : "", number ? strerror(number) : "");
+    return NULL;
+}
+
+static uint8_t *map(void *at, uint64_t size, int flags, int fd, uint64_t offset)
+{
+    void *p = mmap(at, size, PROT_READ | PROT_WRITE, flags | (at ? MAP_FIXED : 0), fd, (off_t)offset);
+    return p == MAP_FAILED ? NULL : p;
+}
+
+static struct cpu *prepare(struct cpu *c, uint8_t *base, uint32_t index, void *handle)
+{
+    struct seg_header *seg = (struct seg_header *)base;
+    c->base = base;
+    c->seg = seg;
+    c->guest = base + seg->guest;
+    c->dirty = base + seg->dirty_offset;
+    c->code_mask = (uint64_t *)(base + seg->code_mask_offset);
+    c->index = index;
+    c->handle = handle;
+    for (unsigned i = 0; i < SEG_MAX_HOSTS; i++) {
+        c->doorbell[i] = -1;
+    }
+    c->s.code_cursor = seg_load_sc(&seg_code(seg)->head);
+    if (host_lacks()) {
+        return fail(host_lacks(), 0);
+    }
+    if (blocks_create(c) || !host_init(c)) {
+        return fail("translated code", errno);
+    }
+    int r = seg_process_init();
+    if (r) {
+        return fail("membarrier", -r);
+    }
+    r = apic_timer_start(c);
+    if (r) {
+        return fail("APIC timer", -r);
+    }
+    core_state_changed(c);
+    return c;
+}
+
+struct cpu *core_create(int fd, uint32_t index, void *handle)
+{
+    struct seg_header *seg = (struct seg_header *)map(NULL, SEG_PAGE, MAP_SHARED, fd, 0);
+    if (!seg) {
+        return fail("segment", errno);
+    }
+    struct seg_header head = *seg;
+    munmap(seg, SEG_PAGE);
+    if (head.magic != SEG_MAGIC || head.layout != SEG_LAYOUT) {
+        return fail("segment of another version", 0);
+    }
+    if (index >= head.vcpus || head.vcpu_stride != sizeof((struct cpu *)0)->reserve) {
+        return fail("segment without this vCPU", 0);
+    }
+    uint8_t *base = map(NULL, head.size, MAP_SHARED, fd, 0);
+    uint8_t *c = base ? map(NULL, sizeof(struct cpu), MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0) : NULL;
+    if (!c || !map(c, head.vcpu_stride, MAP_SHARED, fd, head.vcpu_offset + head.vcpu_stride * index)) {
+        return fail("segment", errno);
+    }
+    return prepare((struct cpu *)c, base, index, handle);
+}
+
+void core_destroy(struct cpu *c)
+{
+    apic_timer_stop(c);
+    host_free(c);
+    blocks_destroy(c);
+    munmap(c->base, c->seg->size);
+    munmap(c, sizeof *c);
+}
+
+struct vcpu_block *core_block(struct cpu *c) { return &c->s; }
+struct seg_header *core_segment(struct cpu *c) { return c->seg; }
+uint8_t *core_base(struct cpu *c) { return c->base; }
+
+void core_state_changed(struct cpu *c)
+{
+    c->lazy = LAZY_NONE;
+    ARCH(c)->zero = 0;
+    system_load(c);
+    mode_update(c);
+}
+
+const char *core_missing_handlers(void)
+{
+    static char names[16384];
+    size_t at = 0;
+    names[0] = 0;
+    for (const struct opname *n = opnames; n->name; n++) {
+        if (!n->fn && at + 64 < sizeof names) {
+            at += (size_t)snprintf(names + at, sizeof names - at, "%s%s", at ? " " : "", n->name);
+        }
+    }
+    return names;
+}
