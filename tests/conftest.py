@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launch import Launcher
+pytest.register_assert_rewrite("tests.system.boots")
+
+from tests.support.launch import Launcher  # noqa: E402  # after what must come before any import of ours
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -82,7 +82,7 @@ def boot(launcher: Launcher, image: Path, folder: Path, progress: Progress) -> t
             progress.end(time.monotonic() - last, f"exit status {status}")
         except GuestError as error:
             print(f"[demo] {error}", flush=True)
-        return judge.facts(guest.text()), status
+        return judge.facts(guest.text(), launcher.excused), status
 
 
 def main(arguments: list[str] | None = None) -> int:
