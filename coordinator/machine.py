@@ -44,8 +44,8 @@ log = logging.getLogger(__name__)
 #: how long an island may take to say hello, and to end when told to, seconds
 START_SECONDS = 60.0
 END_SECONDS = 5.0
-#: of the standard VGA card
-VRAM_SIZE = 16 << 20
+#: of the standard VGA card: the linear frame buffer and the planes (devhost/vga/planes.py)
+VRAM_SIZE = (16 << 20) + (256 << 10)
 #: behind the firmware in the segment's ROM: the VGA option ROM
 OPTION_ROM_ROOM = 64 << 10
 #: attention bit that makes a vCPU leave the guest and look at its control socket
