@@ -1,0 +1,260 @@
+"""The NBD transmission phase: every command, every refusal, and clients that go away in the middle."""
+
+import os
+import struct
+import threading
+from pathlib import Path
+
+import pytest
+
+from blockd.nbd.server import Limits
+from coordinator.contract.config import Export, Media
+from tests.blockd.conftest import SERVICES, Serve, make_image
+from tests.support.nbd_wire import WireClient
+
+MIB = 1 << 20
+READ, WRITE, DISC, FLUSH, TRIM, CACHE, ZEROES, STATUS, RESIZE = range(9)
+FUA, NO_HOLE, DF, REQ_ONE, FAST_ZERO = 1, 2, 4, 8, 16
+EPERM, EINVAL, ENOSPC = 1, 22, 28
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    return make_image(tmp_path / "disk", 2 * MIB)
+
+
+def connect(path: str, name: str = "hd0", structured: bool = False) -> WireClient:
+    client = WireClient(path)
+    if structured:
+        client.option(8)
+        text = name.encode()
+        client.option(10, struct.pack(">I", len(text)) + text + b"\0\0\0\1\0\0\0\x0fbase:allocation")
+    assert client.go(name)[-1] == (1, b"")
+    return client
+
+
+def test_read_write_and_their_kin(serve: Serve, file: str) -> None:
+    expected = bytearray(Path(file).read_bytes())
+    with connect(serve(Export("hd0", file))) as client:
+        assert client.read(1000, 3000) == expected[1000:4000]
+        assert client.request(WRITE, 100, 50, data=b"w" * 50) == 0
+        assert client.request(WRITE, 4096, 512, FUA, data=b"f" * 512) == 0
+        assert client.request(ZEROES, 8192, 4096) == 0
+        assert client.request(ZEROES, 16384, 4096, NO_HOLE | FUA) == 0
+        assert client.request(TRIM, 65536, 4096, FUA) == 0
+        assert client.request(CACHE, 0, 65536) == 0
+        assert client.request(FLUSH) == 0
+        assert client.request(FLUSH, flags=FUA) == 0
+        expected[100:150] = b"w" * 50
+        expected[4096:4608] = b"f" * 512
+        expected[8192:12288] = expected[16384:20480] = expected[65536:69632] = bytes(4096)
+        assert client.read(0, 2 * MIB) == expected  # in pieces: more than one buffer of the server
+        for command in (READ, WRITE, TRIM, CACHE, ZEROES):
+            assert client.request(command, 2 * MIB, 0) == 0
+        client.send_request(DISC)
+        assert client.closed_by_server()
+    assert Path(file).read_bytes() == expected
+
+
+@pytest.mark.parametrize("structured", [False, True])
+def test_structured_and_simple_replies_read_the_same(serve: Serve, file: str, structured: bool) -> None:
+    stored = Path(file).read_bytes()
+    with connect(serve(Export("hd0", file)), structured=structured) as client:
+        for offset, length in ((0, 512), (7, 1), (512, MIB), (0, 2 * MIB)):
+            client.send_request(READ, offset, length, flags=DF if structured else 0)
+            if structured:
+                flags, kind, _, body = client.chunk()
+                assert (flags, kind) == (1, 1)
+                assert struct.unpack(">Q", body[:8])[0] == offset and body[8:] == stored[offset : offset + length]
+            else:
+                assert client.simple_reply(length)[2] == stored[offset : offset + length]
+
+
+def test_structured_errors_and_acknowledgements(serve: Serve, file: str) -> None:
+    with connect(serve(Export("hd0", file)), structured=True) as client:
+        client.send_request(READ, 2 * MIB, 1, cookie=5)
+        flags, kind, cookie, body = client.chunk()
+        assert (flags, kind, cookie) == (1, 0x8001, 5)
+        assert struct.unpack(">IH", body[:6]) == (EINVAL, len(body) - 6)
+        client.send_request(FLUSH, cookie=6)
+        assert client.chunk() == (1, 0, 6, b"")
+
+
+def test_block_status(serve: Serve, tmp_path: Path) -> None:
+    with open(tmp_path / "disk", "wb") as sparse:
+        sparse.truncate(4 * MIB)
+        os.pwrite(sparse.fileno(), b"d" * MIB, MIB)
+    with connect(serve(Export("hd0", str(tmp_path / "disk"))), structured=True) as client:
+        client.send_request(STATUS, 0, 4 * MIB)
+        flags, kind, _, body = client.chunk()
+        assert (flags, kind) == (1, 5)
+        assert struct.unpack(">II", body[4:12]) == (MIB, 3)  # hole, zero
+        assert struct.unpack(">IIII", body[12:]) == (MIB, 0, 2 * MIB, 3)
+        client.send_request(STATUS, MIB + 512, 2 * MIB, flags=REQ_ONE)
+        assert struct.unpack(">II", client.chunk()[3][4:]) == (MIB - 512, 0)
+        for offset, length in ((0, 0xFFFFFFFF), (1 << 63, 1), (4 * MIB, 1), (0, 0)):
+            client.send_request(STATUS, offset, length)
+            assert client.chunk()[1] == 0x8001
+
+
+def test_pipelined_requests_are_answered_in_order(serve: Serve, file: str) -> None:
+    """Overlapping ones, sent at once: each read sees the writes before it and none behind it."""
+    with connect(serve(Export("hd0", file))) as client:
+        wire = b""
+        for number in range(200):
+            data = bytes([number]) * 4096
+            wire += struct.pack(">IHHQQI", 0x25609513, 0, WRITE, 2 * number, 2048 * (number % 7), 4096) + data
+            wire += struct.pack(">IHHQQI", 0x25609513, 0, READ, 2 * number + 1, 2048 * (number % 7), 4096)
+        sender = threading.Thread(target=client.sock.sendall, args=(wire,))
+        sender.start()
+        for number in range(200):
+            assert client.simple_reply()[:2] == (0, 2 * number)
+            assert client.simple_reply(4096) == (0, 2 * number + 1, bytes([number]) * 4096)
+        sender.join()
+
+
+@pytest.mark.parametrize(
+    ("command", "offset", "length", "flags", "error"),
+    [
+        (READ, 2 * MIB, 1, 0, EINVAL),
+        (READ, 2 * MIB - 1, 2, 0, EINVAL),
+        (READ, (1 << 64) - 1, 1, 0, EINVAL),
+        (READ, 1 << 63, 512, 0, EINVAL),
+        (READ, 0, (32 << 20) + 1, 0, EINVAL),
+        (READ, 0, 0xFFFFFFFF, 0, EINVAL),
+        (READ, 0, 512, DF, EINVAL),  # structured replies were not agreed on
+        (READ, 0, 512, 1 << 15, EINVAL),
+        (TRIM, 2 * MIB - 512, 1024, 0, EINVAL),
+        (ZEROES, 2 * MIB - 512, 1024, 0, ENOSPC),
+        (ZEROES, 0, 0xFFFFFFFF, 0, ENOSPC),
+        (CACHE, 2 * MIB, 1, 0, EINVAL),
+        (FLUSH, 0, 0, DF, EINVAL),
+        (STATUS, 0, 512, 0, EINVAL),  # no context was chosen
+        (RESIZE, 0, 512, 0, EINVAL),
+        (9, 0, 0, 0, EINVAL),
+        (0xFFFF, 0, 0, 0, EINVAL),
+    ],
+)
+def test_refused_requests(
+    serve: Serve, file: str, command: int, offset: int, length: int, flags: int, error: int
+) -> None:
+    before = Path(file).read_bytes()
+    with connect(serve(Export("hd0", file))) as client:
+        assert client.request(command, offset, length, flags) == error
+        assert client.read(0, 4) == before[:4]  # and the connection goes on
+    assert Path(file).read_bytes() == before
+
+
+def test_write_past_the_end(serve: Serve, file: str) -> None:
+    with connect(serve(Export("hd0", file))) as client:
+        assert client.request(WRITE, 2 * MIB - 1, 2, data=b"xx") == ENOSPC
+        assert client.request(WRITE, (1 << 64) - 1, 4, data=b"xxxx") == ENOSPC
+        assert client.request(WRITE, 0, 4, 1 << 9, data=b"xxxx") == EINVAL
+        assert client.read(0, 4) == bytes(4)
+    assert os.path.getsize(file) == 2 * MIB
+
+
+@pytest.mark.parametrize("media", [Media.DISK, Media.CDROM])
+def test_read_only(serve: Serve, file: str, media: Media) -> None:
+    with connect(serve(Export("hd0", file, read_only=media is Media.DISK, media=media))) as client:
+        assert client.request(WRITE, 0, 512, data=bytes(512)) == EPERM
+        assert client.request(WRITE, 0, 1 << 20, data=bytes(1 << 20)) == EPERM
+        assert client.request(TRIM, 0, 512) == EPERM
+        assert client.request(ZEROES, 0, 512) == EPERM
+        assert client.request(FLUSH) == 0
+        assert client.read(512, 4) == b"\1\0\0\0"
+
+
+def test_payload_beyond_the_limit_ends_the_connection(serve: Serve, file: str) -> None:
+    with connect(serve(Export("hd0", file))) as client:
+        client.send_request(WRITE, 0, (32 << 20) + 1)
+        assert client.closed_by_server()
+
+
+def test_request_without_magic(serve: Serve, file: str) -> None:
+    with connect(serve(Export("hd0", file))) as client:
+        client.sock.sendall(bytes(28))
+        assert client.closed_by_server()
+
+
+@pytest.mark.parametrize("length", [4096, 1 << 20])
+@pytest.mark.parametrize("sent", [0, 1, 27, 28, 29, 3000])
+def test_truncated_write_changes_nothing(serve: Serve, file: str, length: int, sent: int) -> None:
+    before = Path(file).read_bytes()
+    path = serve(Export("hd0", file))
+    request = struct.pack(">IHHQQI", 0x25609513, 0, WRITE, 1, 0, length) + b"x" * length
+    with connect(path) as client:
+        client.sock.sendall(request[:sent])
+    wait_for_clients(path, 0)
+    assert Path(file).read_bytes() == before
+
+
+def wait_for_clients(path: str, number: int) -> None:
+    """Wait (bounded by the test's own time limit) until the service counts so many clients."""
+    while SERVICES[path].exports.describe()[0]["clients"] != number:
+        threading.Event().wait(0.005)
+
+
+def test_what_a_dead_client_left_is_done_before_it_comes_back(serve: Serve, file: str) -> None:
+    """A write that was in the socket of the old session must not land on one of the new session."""
+    path = serve(Export("hd0", file))
+    for attempt in range(20):
+        old = connect(path)
+        for _ in range(50):
+            old.send_request(WRITE, 0, 65536, data=b"o" * 65536)
+        old.sock.close()
+        with connect(path) as new:
+            data = bytes([attempt]) * 65536
+            assert new.request(WRITE, 0, 65536, data=data) == 0
+            assert new.read(0, 65536) == data
+            wait_for_clients(path, 1)
+            assert new.read(0, 65536) == data
+
+
+def test_a_client_that_does_not_read_its_replies(serve: Serve, file: str) -> None:
+    path = serve(Export("hd0", file), limits=Limits(farewell_seconds=0.1))
+    with connect(path) as client:
+        for cookie in range(8):
+            client.send_request(READ, 0, 2 * MIB, cookie)
+        SERVICES[path].exports.close("hd0")
+        assert SERVICES[path].exports.describe() == []
+
+
+def test_several_connections_and_counters(serve: Serve, file: str) -> None:
+    path = serve(Export("hd0", file))
+    with connect(path) as one, connect(path) as two:
+        assert one.request(WRITE, 0, 512, data=b"1" * 512) == 0
+        assert two.read(0, 512) == b"1" * 512
+        assert two.request(FLUSH) == 0
+        assert two.request(READ, 2 * MIB, 1) == EINVAL
+        (told,) = SERVICES[path].exports.describe()
+        assert told["clients"] == 2
+    wait_for_clients(path, 0)
+    (told,) = SERVICES[path].exports.describe()
+    wanted = {"reads": 1, "read_bytes": 512, "writes": 1, "write_bytes": 512, "flushes": 1, "zeroes": 0, "errors": 1}
+    assert {name: told[name] for name in wanted} == wanted
+    assert (told["id"], told["file"], told["format"], told["size"], told["read_only"], told["epoch"]) == (
+        "hd0",
+        file,
+        "raw",
+        2 * MIB,
+        False,
+        1,
+    )
+
+
+def test_change_of_medium(serve: Serve, tmp_path: Path) -> None:
+    first, second = (make_image(tmp_path / str(byte), 4096, byte) for byte in (1, 2))
+    path = serve(Export("cd0", first, media=Media.CDROM))
+    exports = SERVICES[path].exports
+    with connect(path, "cd0") as client:
+        assert client.read(0, 4) == b"\1\1\1\1"
+        export = exports.open(Export("cd0", second, media=Media.CDROM))
+        assert export.epoch == 2
+        assert client.closed_by_server()
+    with connect(path, "cd0") as client:
+        assert client.read(0, 4) == b"\2\2\2\2"
+    with open(first, "r+b") as freed:  # and the first is not locked any more
+        from blockd.locks import lock_image
+
+        assert lock_image(freed.fileno(), first, writable=True)
