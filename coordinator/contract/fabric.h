@@ -10,6 +10,9 @@
 /* ---- the process: once after mapping the segment. Registers for expedited membarriers. 0, or -errno */
 int seg_process_init(void);
 
+uint32_t seg_allocate(uint32_t *next, uint32_t limit);               /* an index below the limit, or the limit: none left */
+void seg_shadow_set(struct seg_header *seg, uint32_t index, uint64_t value);
+
 /* ---- time (timebase.c) ---- */
 uint64_t guest_now(const struct seg_header *seg);                    /* guest ns; stands still while stopped */
 uint64_t guest_tsc(const struct seg_header *seg);                    /* TSC without IA32_TSC_ADJUST */

@@ -1,0 +1,104 @@
+/*
+ * The posted ring of a device host: filled by all vCPUs in the order of tickets from one counter,
+ * applied by the host in that order. Ticket t lives in slot t % SEG_RING_SLOTS; its stamp is t + 1
+ * once it is whole, so the host sees a hole (a ticket drawn, not filled yet) as "not there yet".
+ *
+ * Doorbell. vCPU: stamps, then reads host.sleeping. Host: writes sleeping = 1, then looks at the
+ * stamp of its next ticket, then polls. As in attention.c one of them sees the other. Who swaps
+ * sleeping from 1 to 0 writes the eventfd, so a burst rings once.
+ *
+ * Hazard. A posted write raises hazard[h] to ticket + 1 before the instruction ends, so whoever is
+ * told of the write by memory sees it as well. The host stores shadows before `applied` (release),
+ * so a reader that finds applied >= hazard[h] (acquire) reads a shadow of after the write.
+ */
+#include <sched.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "seg.h"
+
+#define YIELDS 100
+#define NAP_NS 20000
+
+uint64_t ring_ticket(struct seg_header *seg, uint32_t host) { return seg_add(&seg_host(seg, host)->next_ticket, 1); }
+
+int ring_full(const struct seg_header *seg, uint32_t host, uint64_t ticket)
+{
+    return ticket - seg_load(&seg_host(seg, host)->applied) >= SEG_RING_SLOTS;
+}
+
+void ring_wait(const struct seg_header *seg, uint32_t host, uint64_t ticket)
+{
+    for (int looks = 0; ring_full(seg, host, ticket); looks++) {
+        if (looks < YIELDS) {
+            sched_yield();
+        } else {
+            nanosleep(&(struct timespec){0, NAP_NS}, NULL);
+        }
+    }
+}
+
+static void raise_to(uint64_t *word, uint64_t value)
+{
+    uint64_t seen = seg_load(word);
+    while (seen < value && !__atomic_compare_exchange_n(word, &seen, value, true, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED)) {
+    }
+}
+
+void ring_put(struct seg_header *seg, uint32_t host, uint64_t ticket, const struct posted_entry *entry, uint32_t hazard, int doorbell)
+{
+    struct host_block *h = seg_host(seg, host);
+    struct posted_entry *slot = &h->ring[ticket % SEG_RING_SLOTS];
+    slot->guest_ns = entry->guest_ns;
+    slot->addr = entry->addr;
+    slot->value = entry->value;
+    slot->space = entry->space;
+    slot->width = entry->width;
+    slot->vcpu = entry->vcpu;
+    slot->device = entry->device;
+    if (hazard && hazard < SEG_MAX_HAZARDS) {
+        raise_to(&h->hazard[hazard], ticket + 1);
+    }
+    seg_store_sc(&slot->stamp, ticket + 1);
+    if (doorbell >= 0 && seg_load_sc(&h->sleeping) && seg_swap(&h->sleeping, 0)) {
+        uint64_t one = 1;
+        ssize_t written = write(doorbell, &one, sizeof one);
+        (void)written; /* fails only where the counter is full: then it rings already */
+    }
+}
+
+void ring_post(struct seg_header *seg, uint32_t host, const struct posted_entry *entry, uint32_t hazard, int doorbell)
+{
+    uint64_t ticket = ring_ticket(seg, host);
+    ring_wait(seg, host, ticket);
+    ring_put(seg, host, ticket, entry, hazard, doorbell);
+}
+
+int ring_hazard(const struct seg_header *seg, uint32_t host, uint32_t hazard)
+{
+    const struct host_block *h = seg_host(seg, host);
+    return hazard && hazard < SEG_MAX_HAZARDS && seg_load(&h->hazard[hazard]) > seg_load(&h->applied);
+}
+
+uint64_t ring_next_ticket(const struct seg_header *seg, uint32_t host) { return seg_load_sc(&seg_host(seg, host)->next_ticket); }
+
+int ring_take(const struct seg_header *seg, uint32_t host, uint64_t ticket, struct posted_entry *out)
+{
+    const struct posted_entry *slot = &seg_host(seg, host)->ring[ticket % SEG_RING_SLOTS];
+    if (seg_load_sc(&slot->stamp) != ticket + 1) {
+        return 0;
+    }
+    *out = *slot;
+    return 1;
+}
+
+void ring_applied(struct seg_header *seg, uint32_t host, uint64_t ticket) { seg_store(&seg_host(seg, host)->applied, ticket); }
+
+int ring_sleep(struct seg_header *seg, uint32_t host, uint64_t ticket)
+{
+    struct host_block *h = seg_host(seg, host);
+    seg_store_sc(&h->sleeping, 1);
+    return seg_load_sc(&h->ring[ticket % SEG_RING_SLOTS].stamp) == ticket + 1;
+}
+
+void ring_awake(struct seg_header *seg, uint32_t host) { seg_store_sc(&seg_host(seg, host)->sleeping, 0); }
