@@ -1,0 +1,1 @@
+"""IDE: channel, ATA disk, ATAPI CD-ROM drive and the PIIX3 bus master."""
