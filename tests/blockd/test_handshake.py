@@ -35,7 +35,7 @@ def test_list_info_and_go(serve: Serve, disk: Export, tmp_path: Path) -> None:
         told = dict((reply[:2], reply[2:]) for kind, reply in client.option(INFO, wish) if kind == 3)
         assert told[b"\0\1"] == b"hd0" and b"disk" in told[b"\0\2"]
         size, flags = struct.unpack(">QH", told[b"\0\0"])
-        # has flags, flush, FUA, trim, write zeroes, multi-conn, cache, fast zero; not read-only, no DF, no resize
+        # has flags, flush, FUA, trim, write zeroes, multi-conn, cache, fast zero
         assert (size, flags) == (1 << 20, 0b1101_0110_1101)
         assert struct.unpack(">III", told[b"\0\3"]) == (1, 4096, 32 << 20)
         replies = client.go("cd0")
@@ -188,7 +188,10 @@ def test_meta_context_wants_structured_replies_first(serve: Serve, disk: Export)
         chosen = client.option(SET_META, query)
         assert chosen[0][0] == 4 and chosen[0][1][4:] == b"base:allocation" and chosen[1] == ACK
         assert client.option(LIST_META, b"\0\0\0\3hd0\0\0\0\0")[0] == (4, bytes(4) + b"base:allocation")
-        assert client.option(LIST_META, b"\0\0\0\3hd0\0\0\0\1\0\0\0\5base:")[0] == (4, bytes(4) + b"base:allocation")
+        assert client.option(LIST_META, b"\0\0\0\3hd0\0\0\0\1\0\0\0\5base:")[0] == (
+            4,
+            bytes(4) + b"base:allocation",
+        )
         assert client.option(SET_META, b"\0\0\0\3hd0\0\0\0\1\0\0\0\4qemu") == [ACK]
         assert client.option(SET_META, b"\0\0\0\3hd0\0\0\0\0") == [ACK]
         assert client.option(SET_META, b"\0\0\0\3hd1\0\0\0\0")[0][0] == ERR | 6

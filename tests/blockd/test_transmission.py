@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from blockd.nbd.server import Limits
+from blockd.image import Buffer
+from blockd.locks import lock_image
+from blockd.nbd.server import Connection, Limits
+from blockd.raw import RawImage
 from coordinator.contract.config import Export, Media
 from tests.blockd.conftest import SERVICES, Serve, make_image
 from tests.support.nbd_wire import WireClient
@@ -65,7 +68,10 @@ def test_structured_and_simple_replies_read_the_same(serve: Serve, file: str, st
             if structured:
                 flags, kind, _, body = client.chunk()
                 assert (flags, kind) == (1, 1)
-                assert struct.unpack(">Q", body[:8])[0] == offset and body[8:] == stored[offset : offset + length]
+                assert (
+                    struct.unpack(">Q", body[:8])[0] == offset
+                    and body[8:] == stored[offset : offset + length]
+                )
             else:
                 assert client.simple_reply(length)[2] == stored[offset : offset + length]
 
@@ -195,20 +201,38 @@ def wait_for_clients(path: str, number: int) -> None:
         threading.Event().wait(0.005)
 
 
-def test_what_a_dead_client_left_is_done_before_it_comes_back(serve: Serve, file: str) -> None:
-    """A write that was in the socket of the old session must not land on one of the new session."""
+def test_what_a_dead_client_left_cannot_land_on_what_it_writes_next(
+    serve: Serve, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old session is in the middle of a write, another waits in its socket, and its client comes
+    back. The hold on the first write ends when the server sees to the old session, or, if it does
+    not, behind the new session's write."""
+    hold, begun = threading.Event(), threading.Event()
+    write, end = RawImage.write, Connection.end
+
+    def held_write(image: RawImage, offset: int, data: Buffer, fua: bool = False) -> None:
+        if bytes(data[:3]) == b"old":
+            begun.set()
+            hold.wait()
+        write(image, offset, data, fua)
+
+    def noted_end(connection: Connection) -> None:
+        hold.set()
+        end(connection)
+
+    monkeypatch.setattr(RawImage, "write", held_write)
+    monkeypatch.setattr(Connection, "end", noted_end)
     path = serve(Export("hd0", file))
-    for attempt in range(20):
-        old = connect(path)
-        for _ in range(50):
-            old.send_request(WRITE, 0, 65536, data=b"o" * 65536)
-        old.sock.close()
-        with connect(path) as new:
-            data = bytes([attempt]) * 65536
-            assert new.request(WRITE, 0, 65536, data=data) == 0
-            assert new.read(0, 65536) == data
-            wait_for_clients(path, 1)
-            assert new.read(0, 65536) == data
+    old = connect(path)
+    old.send_request(WRITE, 0, 4096, data=b"old " * 1024)
+    old.send_request(WRITE, 4096, 4096, data=b"old " * 1024)
+    begun.wait()
+    old.sock.close()
+    with connect(path) as new:
+        assert new.request(WRITE, 0, 8192, data=b"new " * 2048) == 0
+        hold.set()
+        wait_for_clients(path, 1)
+        assert new.read(0, 8192) == b"new " * 2048
 
 
 def test_a_client_that_does_not_read_its_replies(serve: Serve, file: str) -> None:
@@ -231,7 +255,15 @@ def test_several_connections_and_counters(serve: Serve, file: str) -> None:
         assert told["clients"] == 2
     wait_for_clients(path, 0)
     (told,) = SERVICES[path].exports.describe()
-    wanted = {"reads": 1, "read_bytes": 512, "writes": 1, "write_bytes": 512, "flushes": 1, "zeroes": 0, "errors": 1}
+    wanted = {
+        "reads": 1,
+        "read_bytes": 512,
+        "writes": 1,
+        "write_bytes": 512,
+        "flushes": 1,
+        "zeroes": 0,
+        "errors": 1,
+    }
     assert {name: told[name] for name in wanted} == wanted
     assert (told["id"], told["file"], told["format"], told["size"], told["read_only"], told["epoch"]) == (
         "hd0",
@@ -255,6 +287,4 @@ def test_change_of_medium(serve: Serve, tmp_path: Path) -> None:
     with connect(path, "cd0") as client:
         assert client.read(0, 4) == b"\2\2\2\2"
     with open(first, "r+b") as freed:  # and the first is not locked any more
-        from blockd.locks import lock_image
-
         assert lock_image(freed.fileno(), first, writable=True)

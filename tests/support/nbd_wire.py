@@ -71,7 +71,13 @@ class WireClient:
 
     # transmission
     def send_request(
-        self, command: int, offset: int = 0, length: int = 0, cookie: int = 1, flags: int = 0, data: bytes = b""
+        self,
+        command: int,
+        offset: int = 0,
+        length: int = 0,
+        cookie: int = 1,
+        flags: int = 0,
+        data: bytes = b"",
     ) -> None:
         self.sock.sendall(struct.pack(">IHHQQI", 0x25609513, flags, command, cookie, offset, length) + data)
 
@@ -81,7 +87,9 @@ class WireClient:
         assert magic == 0x67446698
         return error, cookie, b"" if error else receive(self.sock, length)
 
-    def request(self, command: int, offset: int = 0, length: int = 0, flags: int = 0, data: bytes = b"") -> int:
+    def request(
+        self, command: int, offset: int = 0, length: int = 0, flags: int = 0, data: bytes = b""
+    ) -> int:
         """One request without data in its reply; the error."""
         self.send_request(command, offset, length, 77, flags, data)
         error, cookie, _ = self.simple_reply()
