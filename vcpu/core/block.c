@@ -18,6 +18,7 @@
 #include "decode.h"
 #include "ea.h"
 #include "mem.h"
+#include "sized.h"
 
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -411,6 +412,13 @@ void code_written(struct cpu *c, uint64_t offset, unsigned n)
     if (seg_code_written(c->seg, offset, n)) {
         blocks_drop_page(c, offset / SEG_PAGE);
     }
+}
+
+/* A handler's last step where its store has hit a page with code: code_check() and NEXT() */
+COLD void stored_into_code(struct cpu *c, const struct uop *u, uint64_t offset, unsigned n)
+{
+    code_written(c, offset, n);
+    NEXT(c, u);
 }
 
 /* ---- life ---- */
