@@ -1,4 +1,7 @@
-"""The host side of a drive: a block device that works on requests while the guest runs on."""
+"""The host side of a drive: a block device that works on requests while the guest runs on.
+
+``devhost.block_client.BlockClient`` is one; tests have another.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ class BlockBackend(Protocol):
 
     Each request returns a cookie at once. Its end is one event, ``drive.complete(cookie, errno)``
     with errno 0 or a POSIX number; it never comes from inside the call that started the request.
-    Requests that overlap must end as if made one after the other.
+    Requests that overlap end as if made one after the other.
     """
 
     @property
@@ -22,12 +25,15 @@ class BlockBackend(Protocol):
     @property
     def read_only(self) -> bool: ...
 
-    def read(self, offset: int, length: int, into: Sequence[memoryview]) -> int:
-        """Fill ``into``, whose lengths sum to ``length``."""
+    @property
+    def can_flush(self) -> bool: ...
+
+    def read(self, offset: int, views: Sequence[memoryview]) -> int:
+        """Fill the views, in order."""
         ...
 
-    def write(self, offset: int, length: int, data: Sequence[Buffer]) -> int:
-        """Store ``data``, whose lengths sum to ``length`` and which stay valid until the end."""
+    def write(self, offset: int, views: Sequence[memoryview]) -> int:
+        """Store the views, in order. They stay valid until the end of the request."""
         ...
 
     def flush(self) -> int:
@@ -35,8 +41,9 @@ class BlockBackend(Protocol):
         ...
 
     def cancel(self, cookie: int) -> None:
-        """No completion is wanted, and the request's views are not touched after this returns.
+        """Nobody waits for this request any more: its views are not touched after this returns.
 
-        A write that has begun may still reach the medium, whole and at its own place.
+        A write still reaches the medium, as it was and at its own place. The completion may come; it
+        is ignored.
         """
         ...

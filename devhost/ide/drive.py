@@ -309,7 +309,10 @@ class Drive(ABC):
         if backend is None:
             self.failed(0)
         elif self.request is Request.FLUSH:
-            self._flight = Flight(backend.flush(), 0)
+            if backend.can_flush:
+                self._flight = Flight(backend.flush(), 0)
+            else:  # the server promises that completed writes are durable
+                self.finished()
         elif self.direct:
             if not self.bus.master.ready(self.to_host):
                 self._await_dma()
@@ -318,14 +321,13 @@ class Drive(ABC):
             else:
                 self._issue_direct_write(backend)
         elif self.request is Request.WRITE:
-            length = len(self.buffer)
-            self._flight = Flight(backend.write(self.offset, length, [self.buffer]), length)
+            self._flight = Flight(backend.write(self.offset, [memoryview(self.buffer)]), len(self.buffer))
         else:
             self.buffer = bytearray()
             self.position = self.burst_end = 0
             length = min(self.remaining, CHUNK)
             data = bytearray(length)
-            self._flight = Flight(backend.read(self.offset, length, [memoryview(data)]), length, data=data)
+            self._flight = Flight(backend.read(self.offset, [memoryview(data)]), length, data=data)
 
     def _issue_direct_read(self, backend: BlockBackend) -> None:
         """One request straight into guest memory. Where the PRD table ends inside a sector, the rest of the
@@ -354,14 +356,13 @@ class Drive(ABC):
                 views.append(view)
         if tail:
             views.append(memoryview(bytearray(tail)))
-        cookie = backend.read(self.offset - head, head + plan.length + tail, views)
-        self._flight = Flight(cookie, plan.length, plan, copies=copies)
+        self._flight = Flight(backend.read(self.offset - head, views), plan.length, plan, copies=copies)
 
     def _issue_direct_write(self, backend: BlockBackend) -> None:
         """One request straight from guest memory. Bytes short of a sector wait in ``buffer``."""
         plan = self.bus.master.plan(min(self.remaining, self.request_limit) - len(self.buffer))
         memory = self.bus.dma
-        pieces: list[Buffer] = []
+        pieces: list[memoryview] = []
         odd = self.buffer or plan.length % self.sector_size
         if odd or len(plan.regions) > MAX_REGIONS:
             data = self.buffer + b"".join(memory.read(*region) for region in plan.regions)
@@ -372,9 +373,9 @@ class Drive(ABC):
             whole, residue = plan.length, b""
             for region in plan.regions:
                 view = memory.span(*region)
-                pieces.append(memory.read(*region) if view is None else view)
+                pieces.append(memoryview(memory.read(*region)) if view is None else view)
         if whole:
-            self._flight = Flight(backend.write(self.offset, whole, pieces), whole, plan, residue=residue)
+            self._flight = Flight(backend.write(self.offset, pieces), whole, plan, residue=residue)
         else:
             self._written(Flight(0, 0, plan, residue=residue))
 
