@@ -21,6 +21,8 @@
 #define SEG_MAX_REGS 2048      /* register descriptors, index 0 = unclaimed */
 #define SEG_MAX_SHADOWS 512
 #define SEG_MAX_DEVICES 64     /* device ids for counters; 0 = nobody */
+#define SEG_DEVICE_LAPIC 1     /* ids of what the vCPUs answer themselves */
+#define SEG_DEVICE_IOAPIC 2
 #define SEG_MAX_HAZARDS 64
 #define SEG_MAX_TIME_SOURCES 8
 #define SEG_RING_SLOTS 4096    /* posted entries a device host */
@@ -37,7 +39,7 @@ enum access_class {
     ACCESS_POSTED = 1, /* writes: appended to the host's ring */
     ACCESS_SHADOW = 2, /* reads: value in shadow[], unless a posted write of its hazard is unapplied */
     ACCESS_TIME = 3,   /* reads: a pure function of the timebase */
-    ACCESS_MEMORY = 4, /* plain memory (counted only for device memory such as text VRAM: never) */
+    ACCESS_MEMORY = 4, /* answered in the vCPU from the segment: memory (not counted), local APIC, IOAPIC */
     ACCESS_NOBODY = 5, /* nobody claims it: all ones, writes ignored; answered in the vCPU */
     ACCESS_CLASSES = 6
 };
@@ -200,7 +202,7 @@ struct reg_desc {
     uint8_t widths;              /* bit mask of widths the register takes in one access: 1, 2, 4, 8; wider accesses are split by the vCPU */
     uint8_t time_source;
     uint8_t shift;               /* bytes into the shadow or time value (register halves) */
-    uint8_t within;              /* ports: which byte of the register this port is */
+    uint8_t within;              /* ports: which byte of the register this port is; each port of a shadow register has a shadow[] of its own */
     uint16_t shadow;             /* index */
     uint16_t read_hazard;        /* a shadow read turns sync while hazard[read_hazard] is unapplied; 0 = none */
     uint16_t write_hazard;       /* a posted write marks hazard[write_hazard]; 0 = none */

@@ -125,6 +125,8 @@ class Segment:
         header.magic, header.layout, header.vcpus, header.hosts = lib.SEG_MAGIC, lib.SEG_LAYOUT, vcpus, hosts
         header.ram_size, header.vram_size, header.rom_size = ram, vram, rom
         header.next_device = header.next_reg = header.next_hazard = FIRST_INDEX
+        segment.allocate_device("lapic")  # SEG_DEVICE_LAPIC
+        segment.allocate_device("ioapic")  # SEG_DEVICE_IOAPIC
         lib.guest_time_set(header, 0, 0, tsc_khz)
         lib.ioapic_reset(header)
         for index in range(vcpus):

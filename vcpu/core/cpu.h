@@ -165,7 +165,8 @@ struct cpu {
     struct host_stubs *stubs;         /* stub.c: host instructions for SSE and x87 */
     void *handle;                     /* for the callback into Python */
     bool intr_ready;                  /* apic.c: an interrupt waits that IF and the interrupt shadow alone can hold back */
-    struct apic_timer *timer;         /* timer.c */
+    bool lint0_seen;                  /* apic_irq.c: level of the PIC's INTR at the last look */
+    struct apic_timer *timer;         /* apic_timer.c */
     int doorbell[SEG_MAX_HOSTS];      /* eventfd of each device host, -1 = none */
 };
 
