@@ -209,6 +209,7 @@ int core_run(struct cpu *c, int64_t budget)
     c->halt_before = c->s.halt_ns;
     c->budget = c->budget_noted = budget;
     c->s.exit_reason = EXIT_NONE;
+    core_unpark(c);
     fpu_unpark(c);
     switch (setjmp(c->unwind)) {
     case UNWIND_FAULT:
@@ -228,6 +229,7 @@ int core_run(struct cpu *c, int64_t budget)
     int exit = loop(c);
     fpu_park(c);
     flags_get(c);
+    core_park(c);
     c->s.run_ns += host_ns() - c->run_started - (c->s.halt_ns - c->halt_before);
     c->s.exit_reason = (uint32_t)exit;
     c->s.exits[exit]++;
