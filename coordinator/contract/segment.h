@@ -153,6 +153,8 @@ struct vcpu_block {
     uint32_t posted_nmi;         /* senders: atomic store 1; vCPU: exchange 0 */
     uint32_t posted_init;        /* likewise */
     uint32_t posted_sipi;        /* senders: atomic store 0x100 | vector; vCPU: exchange 0 */
+    uint32_t posted_kick;        /* hypercall KICK_CPU, any vCPU: atomic store 1; the vCPU: exchange 0. Ends one HLT */
+    uint32_t pad2;
     uint32_t extint_level;       /* EXTINT_WIRE: the PIC's INTR, device host; EXTINT_MESSAGE: senders set, vCPU clears; atomic */
     /* -- APIC addressing as senders need it; written by the vCPU (release) -- */
     uint32_t apic_id, apic_ldr, apic_dfr, apic_mode; /* mode: 0 disabled, 1 xAPIC, 2 x2APIC */

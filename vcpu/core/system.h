@@ -77,17 +77,20 @@ void system_load(struct cpu *c);                      /* after arch was written 
 /* ---- time and paravirtualisation, kvm.c */
 void kvm_sleeping(struct cpu *c);  /* HLT wait begins: steal time page says preempted */
 void kvm_running(struct cpu *c);   /* ... ends: a flush asked for meanwhile is done */
-/* pvclock and steal time pages are written again: after resume on another host, timebase change. */
+/* A hypercall of another vCPU ends this HLT, whatever IF is; clears the mark. */
+bool kvm_kicked(struct cpu *c);
+/* The pvclock page is written again: after a change of TSC_ADJUST or of the TSC's frequency. */
 void kvm_refresh(struct cpu *c);
 
 /* ---- I/O permission: IOPL and the TSS bitmap (SDM vol. 1 section 18.5). Raises #GP(0). */
 void io_check(struct cpu *c, const struct uop *u, unsigned port, unsigned width);
 
-/* ---- tables also read by Python */
-bool cpuid_query(struct cpu *c, uint32_t leaf, uint32_t subleaf, uint32_t out[4]);
-#define MSR_OK 0
-#define MSR_GP 1
-int msr_read(struct cpu *c, uint32_t index, uint64_t *value);
-int msr_write(struct cpu *c, uint32_t index, uint64_t value);
+/* ---- the model: cpuid.c, msr.c */
+struct cpuid_leaf { uint32_t eax, ebx, ecx, edx; };
+#define CPUID_SIGNATURE 0x00300f10u /* family 12h, model 1, stepping 0 */
+struct cpuid_leaf cpuid_query(const struct cpu *c, uint32_t leaf, uint32_t subleaf);
+/* false: #GP(0) */
+bool msr_read(struct cpu *c, uint32_t index, uint64_t *value);
+bool msr_write(struct cpu *c, uint32_t index, uint64_t value);
 
 #endif

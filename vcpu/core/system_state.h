@@ -35,7 +35,6 @@ struct system_state {
     /* -- debug.c -- */
     uint32_t debug_enabled;      /* bit i: DRi enabled by DR7 */
     uint32_t debug_data;         /* bit i: ... as a data or I/O breakpoint */
-    bool resumed;                /* RF was set before the instruction under way */
     uint32_t debug_hit;          /* DR6 bits collected by the instruction under way */
 };
 
