@@ -12,11 +12,12 @@ import itertools
 import logging
 import os
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import zmq
 import zmq.asyncio
 
@@ -29,6 +30,7 @@ from coordinator.contract.codec import encode
 from coordinator.contract.config import (
     BlockdConfig,
     DevhostConfig,
+    Drive,
     Export,
     Machine,
     VcpuConfig,
@@ -172,6 +174,11 @@ class Vm:
             load = messages.LoadCpu(serial=self.next_serial(), mode=mode, registers=start.registers)
             await self.command(role, load)
 
+    def replace_drive(self, drive: Drive) -> None:
+        """A removable drive has another medium now."""
+        drives = tuple(drive if old.id == drive.id else old for old in self.machine.drives)
+        self.machine = msgspec.structs.replace(self.machine, drives=drives)
+
     # ---- messages ------------------------------------------------------------------------------
     def next_serial(self) -> int:
         return next(self._serial)
@@ -303,6 +310,24 @@ class Vm:
             await self._run()
             self.state = "running"
             self.event("RESUME")
+
+    @contextlib.asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """Hold the guest still for a look at its state."""
+        async with self._lock:
+            runs = self.state == "running"
+            if runs:
+                await self._pause()
+            try:
+                yield
+            finally:
+                if runs and not self.ending.done():
+                    await self._run()
+
+    async def paused_command(self, role: str, command: messages.Command) -> Any:
+        """A command that the island takes only while the guest is still."""
+        async with self.paused():
+            return await self.command(role, command)
 
     async def stop(self) -> None:
         """Pause the guest at an instruction boundary (QMP stop)."""

@@ -1,45 +1,36 @@
-"""The counters of a machine, read from the segment: for ``-stats``, the demo's table and the tests."""
+"""The counters of a machine as one document: for ``-stats``, the demo's table and the tests."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
-from coordinator.contract.segment import Segment
+from coordinator.contract.counters import host_counters, pin_counters, vcpu_counters
 from coordinator.machine import Vm
-
-CLASSES = ("sync", "posted", "shadow", "time", "memory", "nobody")
 
 
 def collect(vm: Vm, wall_seconds: float) -> dict[str, Any]:
-    """All counters as plain data; accesses and round trips by device name."""
-    assert vm.segment is not None
-    return {"name": vm.machine.name, "wall_seconds": wall_seconds, **snapshot(vm.segment)}
-
-
-def snapshot(segment: Segment) -> dict[str, Any]:
-    names = segment.device_names()
-    accesses: dict[str, dict[str, int]] = {}
-    vcpus = []
-    interrupts: dict[str, int] = {}
-    for i in range(segment.vcpus):
-        block = segment.vcpu(i)
-        for device, row in enumerate(block.accesses):
-            for access_class, count in enumerate(row):
-                if count:
-                    by_class = accesses.setdefault(names.get(device, f"device{device}"), dict.fromkeys(CLASSES, 0))
-                    by_class[CLASSES[access_class]] += count
-        for vector, count in enumerate(block.vectors):
-            if count:
-                interrupts[f"{vector:#x}"] = interrupts.get(f"{vector:#x}", 0) + count
-        vcpus.append(
-            {
-                "instructions": block.instructions,
-                "seconds_running": block.run_ns / 1e9,
-                "seconds_halted": block.halt_ns / 1e9,
-                "blocks_translated": block.blocks_translated,
-                "blocks_dropped": block.blocks_dropped,
-                "tlb_fills": block.tlb_fills,
-            }
-        )
-    roundtrips = {names.get(d, f"device{d}"): n for d, n in enumerate(segment.roundtrips(0)) if n}
-    return {"vcpus": vcpus, "accesses": accesses, "roundtrips": roundtrips, "interrupts": interrupts}
+    """``accesses`` and ``roundtrips`` are by device name, ``interrupts`` by vector, ``pins`` by IOAPIC pin."""
+    segment = vm.segment
+    assert segment is not None
+    vcpus = [vcpu_counters(segment, i) for i in range(segment.vcpus)]
+    accesses: dict[str, Counter[str]] = {}
+    interrupts: Counter[str] = Counter()
+    for counters in vcpus:
+        for device, row in counters.pop("accesses").items():
+            accesses.setdefault(device, Counter()).update(row)
+        for vector, count in counters.pop("vectors").items():
+            interrupts[f"{vector:#04x}"] += count
+        counters["seconds_running"] = counters.pop("run_ns") / 1e9
+        counters["seconds_halted"] = counters.pop("halt_ns") / 1e9
+    host = host_counters(segment, 0)
+    return {
+        "name": vm.machine.name,
+        "wall_seconds": wall_seconds,
+        "vcpus": vcpus,
+        "accesses": accesses,
+        "roundtrips": host.pop("roundtrips"),
+        "devhost": host,
+        "interrupts": interrupts,
+        "pins": pin_counters(segment),
+    }

@@ -320,6 +320,12 @@ class Segment:
         """Let every vCPU see changes of the port map."""
         lib.seg_map_republish(self.header, -1)
 
+    def memory_map(self) -> list[Any]:
+        """The regions in force (``struct map_region``), sorted by address."""
+        maps = self._at("struct memory_map *", self.header.maps_offset)
+        current = maps[self.header.map_version & 1]
+        return [current.region[i] for i in range(current.count)]
+
     # ---- guest memory --------------------------------------------------------------------------
     def dma_read(self, gpa: int, length: int) -> bytes:
         """Guest-physical memory; holes read as FFh."""

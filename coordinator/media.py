@@ -1,0 +1,110 @@
+"""Removable media: tray and medium of a drive, across device host and block daemon."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import msgspec
+
+from coordinator.contract import messages
+from coordinator.contract.config import Drive, Export, Media
+from coordinator.contract.errors import ConfigError, IslandError
+from coordinator.machine import Vm
+
+
+class NotFound(IslandError):
+    """There is no such drive."""
+
+
+def drive(vm: Vm, name: str) -> Drive:
+    """The drive with this id; NotFound lists those there are."""
+    for candidate in vm.machine.drives:
+        if candidate.id == name:
+            return candidate
+    known = ", ".join(d.id for d in vm.machine.drives) or "none"
+    raise NotFound(f"Device '{name}' not found (drives: {known})")
+
+
+def _removable(vm: Vm, name: str) -> Drive:
+    found = drive(vm, name)
+    if found.media is not Media.CDROM:
+        raise IslandError(f"Device '{name}' is not removable")
+    return found
+
+
+async def open_tray(vm: Vm, name: str, force: bool = False) -> None:
+    """A tray the guest has locked stays shut unless forced; the guest is asked to open it."""
+    _removable(vm, name)
+    is_open = await vm.command("devhost0", messages.OpenTray(serial=vm.next_serial(), drive=name, force=force))
+    if not is_open:
+        raise IslandError(f"Device '{name}' is locked and force was not specified, wait for tray to open and try again")
+
+
+async def close_tray(vm: Vm, name: str) -> None:
+    _removable(vm, name)
+    await vm.command("devhost0", messages.CloseTray(serial=vm.next_serial(), drive=name))
+
+
+async def _remove(vm: Vm, old: Drive) -> Drive:
+    empty = msgspec.structs.replace(old, file=None)
+    await vm.command("devhost0", messages.InsertMedium(serial=vm.next_serial(), drive=empty))
+    if old.file is not None:
+        await vm.command("blockd", messages.CloseExport(serial=vm.next_serial(), id=old.id))
+    vm.replace_drive(empty)
+    return empty
+
+
+async def eject(vm: Vm, name: str, force: bool = False) -> None:
+    """Open the tray and take the medium out."""
+    old = _removable(vm, name)
+    await open_tray(vm, name, force)
+    await _remove(vm, old)
+
+
+async def change(vm: Vm, name: str, filename: str, image_format: str | None = None, force: bool = False) -> None:
+    """Open the tray, swap the medium, close it. The new file is looked at before the old one goes."""
+    old = _removable(vm, name)
+    if image_format not in (None, "raw"):
+        raise ConfigError(f"format {image_format} cannot be used yet; only raw images can")
+    path = os.path.abspath(filename)
+    if not os.path.isfile(path) and not os.path.exists(path):
+        raise ConfigError(f"Could not open '{filename}': No such file or directory")
+    if not os.access(path, os.R_OK) or os.path.isdir(path):
+        raise ConfigError(f"Could not open '{filename}': not a readable file")
+    await open_tray(vm, name, force)
+    await _remove(vm, old)
+    new = msgspec.structs.replace(old, file=path, read_only=True)
+    export = Export(id=name, file=path, format="raw", read_only=True, media=Media.CDROM)
+    await vm.command("blockd", messages.OpenExport(serial=vm.next_serial(), export=export))
+    await vm.command("devhost0", messages.InsertMedium(serial=vm.next_serial(), drive=new))
+    vm.replace_drive(new)
+    await close_tray(vm, name)
+
+
+async def describe(vm: Vm) -> list[dict[str, Any]]:
+    """One dict a drive, by the field names of QEMU's BlockInfo."""
+    drives = {d["id"]: d for d in await vm.command("devhost0", messages.QueryDrives(serial=vm.next_serial()))}
+    exports = {e["id"]: e for e in await vm.command("blockd", messages.QueryExports(serial=vm.next_serial()))}
+    result = []
+    for d in vm.machine.drives:
+        state, export = drives.get(d.id, {}), exports.get(d.id)
+        info: dict[str, Any] = {
+            "device": d.id,
+            "qdev": d.id,
+            "type": "unknown",
+            "locked": bool(state.get("locked", False)),
+            "removable": d.media is Media.CDROM,
+            "io-status": "ok",
+        }
+        if d.media is Media.CDROM:
+            info["tray_open"] = bool(state.get("tray_open", False))
+        if d.file is not None and export is not None:
+            image = {"filename": d.file, "format": d.format, "virtual-size": export["size"]}
+            info["inserted"] = {
+                "file": d.file, "drv": d.format, "ro": d.read_only, "encrypted": False, "iops": 0, "iops_rd": 0, "iops_wr": 0,
+                "bps": 0, "bps_rd": 0, "bps_wr": 0, "detect_zeroes": "off", "write_threshold": 0, "backing_file_depth": 0,
+                "cache": {"writeback": True, "direct": False, "no-flush": False}, "image": image,
+            }  # fmt: skip
+        result.append(info)
+    return result

@@ -1,0 +1,177 @@
+"""The monitor's commands in one table. Each takes the words of its line and returns text.
+
+Spelling and arguments follow QEMU's human monitor.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from coordinator import media, screen
+from coordinator.cli.options import nearest
+from coordinator.contract import messages
+from coordinator.contract.errors import AtollError, UsageError
+from coordinator.machine import Vm
+from coordinator.monitor import info, memory
+
+
+@dataclass(frozen=True)
+class Context:
+    vm: Vm
+    cpu: int
+    #: the part of the command word behind a slash, as in ``x/4xw``
+    suffix: str
+
+
+@dataclass(frozen=True)
+class Command:
+    run: Callable[[Context, list[str]], Awaitable[str]]
+    arguments: str
+    about: str
+
+
+async def execute(vm: Vm, line: str, cpu: int = 0) -> str:
+    """Run one line; errors come back as text, as a person wants to read them."""
+    try:
+        words = shlex.split(line)
+    except ValueError as error:
+        return f"{error}\n"
+    if not words:
+        return ""
+    if not 0 <= cpu < vm.machine.vcpus:
+        return f"there is no CPU {cpu}\n"
+    head, slash, suffix = words[0].partition("/")
+    command = COMMANDS.get(_ALIASES.get(head, head))
+    if command is None:
+        return f"unknown command: '{head}'; the nearest known one is '{nearest(head, COMMANDS)}'\n"
+    try:
+        return await command.run(Context(vm, cpu, suffix if slash else ""), words[1:])
+    except UsageError as error:
+        return f"{error}\nusage: {head} {command.arguments}\n"
+    except (AtollError, OSError) as error:
+        return f"Error: {error}\n"
+
+
+def _expect(words: list[str], least: int, most: int) -> None:
+    if not least <= len(words) <= most:
+        raise UsageError("too few words" if len(words) < least else "too many words")
+
+
+async def _help(c: Context, words: list[str]) -> str:
+    if words and words[0] == "info":
+        return "".join(f"info {name:<12} {topic.about}\n" for name, topic in info.TOPICS.items())
+    return "".join(f"{f'{name} {cmd.arguments}':<44} {cmd.about}\n" for name, cmd in COMMANDS.items())
+
+
+async def _info(c: Context, words: list[str]) -> str:
+    if not words:
+        return await _help(c, ["info"])
+    topic = info.TOPICS.get(words[0])
+    if topic is None:
+        return f"unknown topic: '{words[0]}'; the nearest known one is '{nearest(words[0], info.TOPICS)}'\n"
+    return await topic.show(c.vm, c.cpu)
+
+
+async def _stop(c: Context, words: list[str]) -> str:
+    await c.vm.stop()
+    return ""
+
+
+async def _cont(c: Context, words: list[str]) -> str:
+    await c.vm.cont()
+    return ""
+
+
+async def _quit(c: Context, words: list[str]) -> str:
+    await c.vm.quit()
+    return ""
+
+
+async def _reset(c: Context, words: list[str]) -> str:
+    await c.vm.reset()
+    return ""
+
+
+async def _powerdown(c: Context, words: list[str]) -> str:
+    await c.vm.command("devhost0", messages.PowerButton(serial=c.vm.next_serial()))
+    c.vm.event("POWERDOWN")
+    return ""
+
+
+async def _eject(c: Context, words: list[str]) -> str:
+    force = "-f" in words
+    words = [word for word in words if word != "-f"]
+    _expect(words, 1, 1)
+    await media.eject(c.vm, words[0], force)
+    return ""
+
+
+async def _change(c: Context, words: list[str]) -> str:
+    force = "-f" in words
+    words = [word for word in words if word != "-f"]
+    _expect(words, 2, 3)
+    await media.change(c.vm, words[0], words[1], words[2] if len(words) > 2 else None, force)
+    return ""
+
+
+async def _screendump(c: Context, words: list[str]) -> str:
+    image_format = "ppm"
+    if "-f" in words:
+        at = words.index("-f")
+        _expect(words[at:], 2, 2 + len(words))
+        image_format = words[at + 1]
+        del words[at : at + 2]
+    _expect(words, 1, 1)
+    if image_format not in screen.FORMATS:
+        raise UsageError(f"format {image_format} is not known")
+    await screen.dump(c.vm, os.path.abspath(words[0]), image_format)
+    return ""
+
+
+async def _sendkey(c: Context, words: list[str]) -> str:
+    _expect(words, 1, 2)
+    try:
+        hold = int(words[1]) if len(words) > 1 else 100
+    except ValueError:
+        raise UsageError(f"'{words[1]}' is not a time in milliseconds") from None
+    keys = tuple(words[0].split("-"))
+    await c.vm.command("devhost0", messages.SendKeys(serial=c.vm.next_serial(), keys=keys, hold_ms=hold))
+    return ""
+
+
+async def _nmi(c: Context, words: list[str]) -> str:
+    for role in c.vm.vcpus:
+        await c.vm.command(role, messages.InjectNmi(serial=c.vm.next_serial()))
+    return ""
+
+
+async def _x(c: Context, words: list[str]) -> str:
+    _expect(words, 1, 1)
+    return await memory.dump_virtual(c.vm, c.cpu, c.suffix, words[0])
+
+
+async def _xp(c: Context, words: list[str]) -> str:
+    _expect(words, 1, 1)
+    return await memory.dump_physical(c.vm, c.suffix, words[0])
+
+
+COMMANDS: dict[str, Command] = {
+    "help": Command(_help, "[info]", "this list"),
+    "info": Command(_info, "TOPIC", "state of the machine; 'help info' lists the topics"),
+    "stop": Command(_stop, "", "pause the guest"),
+    "cont": Command(_cont, "", "let the guest run"),
+    "quit": Command(_quit, "", "end the machine"),
+    "system_reset": Command(_reset, "", "reset the machine"),
+    "system_powerdown": Command(_powerdown, "", "press the power button"),
+    "eject": Command(_eject, "[-f] DRIVE", "open the tray and take the medium out"),
+    "change": Command(_change, "[-f] DRIVE FILE [FORMAT]", "put another medium in"),
+    "screendump": Command(_screendump, "FILE [-f ppm|png]", "save the screen as a picture"),
+    "sendkey": Command(_sendkey, "KEYS [HOLD_MS]", "press keys, as in ctrl-alt-delete"),
+    "nmi": Command(_nmi, "", "inject an NMI on every CPU"),
+    "x": Command(_x, "/FMT ADDRESS", "memory at a linear address"),
+    "xp": Command(_xp, "/FMT ADDRESS", "memory at a guest-physical address"),
+}
+_ALIASES = {"c": "cont", "q": "quit", "?": "help"}

@@ -1,0 +1,149 @@
+"""``info TOPIC``: what the monitor can tell of the machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from coordinator import media
+from coordinator.contract import messages
+from coordinator.machine import Vm
+from coordinator.monitor import registers
+
+_ACTIVITY = ("running", "halted", "waiting for SIPI", "shut down")
+_CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Topic:
+    show: Callable[[Vm, int], Awaitable[str]]
+    about: str
+
+
+async def _status(vm: Vm, cpu: int) -> str:
+    return f"VM status: {vm.state}\n"
+
+
+async def _version(vm: Vm, cpu: int) -> str:
+    from coordinator.qmp.server import version
+
+    numbers = version()["qemu"]
+    return f"{numbers['major']}.{numbers['minor']}.{numbers['micro']} (atoll)\n"
+
+
+async def _cpus(vm: Vm, cpu: int) -> str:
+    assert vm.segment is not None
+    text = ""
+    for i in range(vm.machine.vcpus):
+        block = vm.segment.vcpu(i)
+        mark = "*" if i == cpu else " "
+        state = _ACTIVITY[block.arch.activity] if block.arch.activity < len(_ACTIVITY) else "?"
+        text += f"{mark} CPU #{i}: {state}, pid={vm.islands[f'vcpu{i}'].pid}, instructions={block.instructions}\n"
+    return text
+
+
+async def _registers(vm: Vm, cpu: int) -> str:
+    async with vm.paused():
+        return registers.describe(vm, cpu)
+
+
+async def _block(vm: Vm, cpu: int) -> str:
+    text = ""
+    for drive in await media.describe(vm):
+        inserted = drive.get("inserted")
+        what = f"{inserted['file']} ({inserted['drv']}{', read-only' if inserted['ro'] else ''})" if inserted else "[not inserted]"
+        text += f"{drive['device']}: {what}\n"
+        if drive["removable"]:
+            lock, tray = "locked" if drive["locked"] else "not locked", "open" if drive["tray_open"] else "closed"
+            text += f"    Removable device: {lock}, tray {tray}\n"
+    return text
+
+
+async def _pic(vm: Vm, cpu: int) -> str:
+    text: str = await vm.command("devhost0", messages.DescribeChip(serial=vm.next_serial(), what="pic"))
+    return text + _ioapic(vm)
+
+
+def _ioapic(vm: Vm) -> str:
+    """Redirection table by 82093AA section 3.2.4."""
+    assert vm.segment is not None
+    fabric = vm.segment.fabric
+    modes = ("fixed", "lowest", "SMI", "?", "NMI", "INIT", "?", "ExtINT")
+    text = f"ioapic0: id={fabric.ioapic.id:#x} select={fabric.ioapic.select:#x}\n"
+    for pin in range(24):
+        entry = fabric.ioapic.redirection[pin]
+        text += (
+            f"  pin {pin:<2} {entry:016x} vec={entry & 0xFF:<3} {modes[entry >> 8 & 7]:<6}"
+            f" {'logical ' if entry >> 11 & 1 else 'physical'} dest={entry >> 56:#04x}"
+            f" {'level' if entry >> 15 & 1 else 'edge ':<5} {'masked' if entry >> 16 & 1 else ''}"
+            f"{' high' if fabric.pin_sources[pin] else ''}\n"
+        )
+    return text
+
+
+def _bits(words: Any) -> str:
+    vectors = [word * 64 + bit for word in range(4) for bit in range(64) if words[word] >> bit & 1]
+    return " ".join(f"{v:#x}" for v in vectors) or "(none)"
+
+
+async def _lapic(vm: Vm, cpu: int) -> str:
+    """Registers by their names in SDM volume 3A, table 11-1."""
+    assert vm.segment is not None
+    apic = vm.segment.vcpu(cpu).arch.apic
+    text = f"local APIC of CPU {cpu}: id={apic.id:#x} base={apic.base_msr:#x}\n"
+    for name in ("timer", "lint0", "lint1", "error", "pmc", "thermal", "cmci"):
+        lvt = getattr(apic, f"lvt_{name}")
+        text += f"  LVT {name:<8} {lvt:08x} vec={lvt & 0xFF:#04x}{' masked' if lvt >> 16 & 1 else ''}\n"
+    text += f"  TPR={apic.tpr:#x} SVR={apic.svr:#x} LDR={apic.ldr:#x} DFR={apic.dfr:#x} ESR={apic.esr:#x}\n"
+    text += f"  ICR={apic.icr_high:08x}{apic.icr_low:08x} timer initial={apic.timer_initial} divide={apic.timer_divide:#x}\n"
+    return text + f"  IRR {_bits(apic.irr)}\n  ISR {_bits(apic.isr)}\n"
+
+
+async def _mtree(vm: Vm, cpu: int) -> str:
+    """The memory map in force, by the segment."""
+    assert vm.segment is not None
+    text = ""
+    for region in vm.segment.memory_map():
+        kind = {0: "nothing", 1: "rom", 2: "write only", 3: "ram"}[region.flags & 3]
+        if region.flags & 4:
+            kind = vm.segment.device_name(region.device) + (" (reads memory)" if region.flags & 1 else "")
+        elif region.flags & 8:
+            kind = "ioapic"
+        text += f"  {region.gpa:016x}-{region.gpa + region.size - 1:016x} {kind}\n"
+    return text
+
+
+async def _islands(vm: Vm, cpu: int) -> str:
+    """The processes of the machine."""
+    text = f"{'role':<10} {'pid':>8} {'state':<8} {'memory':>10} {'CPU':>8}\n"
+    for role, island in {"coordinator": None, **vm.islands}.items():
+        pid = island.pid if island is not None else os.getpid()
+        text += f"{role:<10.11} {pid:>8} {_process(pid)}\n"
+    return text
+
+
+def _process(pid: int) -> str:
+    """State, resident memory and CPU time, from proc(5)."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return "gone"
+    seconds = (int(fields[11]) + int(fields[12])) / _CLOCK_TICKS
+    mebibytes = int(fields[21]) * os.sysconf("SC_PAGE_SIZE") >> 20
+    return f"{fields[0]:<8} {mebibytes:>6} MiB {seconds:>6.1f} s"
+
+
+TOPICS: dict[str, Topic] = {
+    "status": Topic(_status, "running or not"),
+    "cpus": Topic(_cpus, "the vCPUs and their processes"),
+    "registers": Topic(_registers, "registers of the CPU"),
+    "block": Topic(_block, "drives and media"),
+    "pic": Topic(_pic, "8259 pair and IOAPIC"),
+    "lapic": Topic(_lapic, "local APIC of the CPU"),
+    "mtree": Topic(_mtree, "the guest-physical memory map"),
+    "version": Topic(_version, "version of Atoll"),
+    "islands": Topic(_islands, "the processes of this machine"),
+}
