@@ -4,9 +4,11 @@ Source: NBD protocol, "Transmission phase". Only simple replies are asked for, s
 is 16 bytes and, for a read, exactly the data that was asked for.
 
 The owner's event loop polls ``fileno()`` for input, and for output while ``wants_write``, and calls
-``on_readable`` and ``on_writable``. Requests go out at once, as many as the owner likes; they are
-served in the order in which they were made, and a ``Completion`` with the request's cookie says
-that one is done. There are no callbacks: what is in flight is data, which can be saved.
+``on_readable`` and ``on_writable``. Requests go out at once, as many as the owner likes, and a
+``Completion`` with the request's cookie says that one is done. A server may serve them in any order
+("Ordering of messages and writes"), so one that overlaps an unfinished one, where either changes
+data, is held back: requests that overlap end as if made one after the other.
+There are no callbacks: what is in flight is data, which can be saved.
 
 The views of a request are read or written until its completion. When the connection is lost
 ``on_readable`` raises BlockError, and nothing that was in flight is forgotten: ``reconnect`` makes the
@@ -41,6 +43,8 @@ from devhost.block_handshake import ClientHandshake, ExportInfo, TryAgain
 MAX_BUFFERS = 1024
 #: pause between two attempts to connect, in seconds
 RETRY_SECONDS = 0.01
+#: where data goes that nobody waits for any more; written over and over, never read
+_SCRATCH = memoryview(bytearray(64 << 10))
 #: bytes that the kernel is asked to hold for this connection
 SOCKET_BUFFER = 1 << 20
 
@@ -61,6 +65,14 @@ class Request(NamedTuple):
     offset: int
     length: int
     views: tuple[memoryview, ...]
+
+    def conflicts(self, other: Request) -> bool:
+        """Do they overlap, so that their order can be told from the data?"""
+        return (
+            self.offset < other.offset + other.length
+            and other.offset < self.offset + self.length
+            and not (self.command is Command.READ and other.command is Command.READ)
+        )
 
 
 class BlockClient:
@@ -83,6 +95,8 @@ class BlockClient:
         self._cookies = itertools.count(1)
         #: in the order in which they were made
         self._pending: dict[int, Request] = {}
+        #: cookies of those among them that wait for an older one, in the same order
+        self._held: deque[int] = deque()
         self._out: deque[memoryview] = deque()
         self._head = memoryview(bytearray(SIMPLE_REPLY.size))
         self._head_got = 0  # bytes of the next reply's header that have arrived
@@ -111,8 +125,8 @@ class BlockClient:
         self._broken = self._reading = None
         self._head_got = 0
         self._out.clear()
-        for request in self._pending.values():
-            self._queue(request)
+        self._held = deque(self._pending)
+        self._release()
         self._send()
 
     def _shake_hands(self, seconds: float) -> tuple[socket.socket, ExportInfo]:
@@ -145,8 +159,7 @@ class BlockClient:
             except OSError:
                 pass
         self._close_socket()
-        self._pending.clear()
-        self._out.clear()
+        self._forget()
 
     def _close_socket(self) -> None:
         if self._sock is not None:
@@ -228,22 +241,6 @@ class BlockClient:
         self._require_inside(offset, length)
         return self._send_request(Command.WRITE_ZEROES, 0, offset, length, ())
 
-    def cancel(self, cookie: int) -> None:
-        """Touch the views of a request no more, as its owner was reset: a read goes to scratch memory, what a
-        write had then is what is written. The completion still comes."""
-        request = self._pending.get(cookie)
-        if request is None:
-            return
-        if request.command is Command.READ:
-            views = tuple(memoryview(bytearray(len(view))) for view in request.views)
-            if self._reading is request:
-                self._reading = request._replace(views=views)
-                self._into = [memoryview(bytearray(len(view))) for view in self._into]
-        else:
-            views = tuple(memoryview(bytes(view)) for view in request.views)
-            self._out = deque(memoryview(bytes(view)) for view in self._out)
-        self._pending[cookie] = request._replace(views=views)
-
     def _submit(self, command: Command, offset: int, views: Iterable[memoryview], flags: int = 0) -> int:
         parts = tuple(view.cast("B") for view in views if len(view))
         length = sum(map(len, parts))
@@ -271,14 +268,31 @@ class BlockClient:
     ) -> int:
         request = Request(next(self._cookies), command, flags, offset, length, views)
         self._pending[request.cookie] = request
-        self._queue(request)
+        self._held.append(request.cookie)
+        self._release()
         self._send()
         return request.cookie
+
+    def cancel(self, cookie: int) -> None:
+        """Nobody waits for this request any more: its views are not touched after this returns. A write
+        still reaches the export, with the data that the views have now. The completion comes all the same."""
+        request = self._pending.get(cookie)
+        if request is None:
+            return
+        views: tuple[memoryview, ...] = ()
+        if request.command is Command.READ:
+            if request is self._reading:
+                self._into = _discard(sum(map(len, self._into)))
+            views = tuple(_discard(request.length))
+        elif request.command is Command.WRITE:
+            self._out = deque(memoryview(bytes(view)) for view in self._out)
+            views = (memoryview(b"".join(request.views)),)
+        self._pending[cookie] = request._replace(views=views)
 
     # ---- completions -----------------------------------------------------------------------------
     @property
     def pending(self) -> tuple[Request, ...]:
-        """What is in flight, oldest first."""
+        """What is in flight or held back, oldest first."""
         return tuple(self._pending.values())
 
     @property
@@ -333,11 +347,27 @@ class BlockClient:
             self._break("given up")
         done = self._done + [Completion(cookie, errno.EIO) for cookie in self._pending]
         self._done = []
-        self._pending.clear()
-        self._out.clear()
+        self._forget()
         return done
 
+    def _forget(self) -> None:
+        self._pending.clear()
+        self._held.clear()
+        self._out.clear()
+
     # ---- the wire --------------------------------------------------------------------------------
+    def _release(self) -> None:
+        """Queue the requests held back, up to the first that conflicts with an older unfinished one."""
+        while self._held:
+            request = self._pending[self._held[0]]
+            for older in self._pending.values():
+                if older is request:
+                    break
+                if request.conflicts(older):
+                    return
+            self._held.popleft()
+            self._queue(request)
+
     def _queue(self, request: Request) -> None:
         header = REQUEST.pack(
             REQUEST_MAGIC, request.flags, request.command, request.cookie, request.offset, request.length
@@ -378,6 +408,8 @@ class BlockClient:
                 self._break("the server closed the connection")
                 return
             self._arrived(got)
+            if self._out:
+                self._send()
             if not self._pending:
                 return
 
@@ -439,6 +471,8 @@ class BlockClient:
     def _complete(self, request: Request, number: int) -> None:
         del self._pending[request.cookie]
         self._done.append(Completion(request.cookie, number))
+        if self._held:
+            self._release()
 
     def _break(self, reason: str) -> None:
         """The connection is of no use any more. Shutting it down leaves it readable, so the owner comes
@@ -449,3 +483,9 @@ class BlockClient:
                 self._sock.shutdown(socket.SHUT_RDWR)
             except OSError:
                 pass
+
+
+def _discard(length: int) -> list[memoryview]:
+    """Views for ``length`` bytes that nobody will look at."""
+    whole, rest = divmod(length, len(_SCRATCH))
+    return [_SCRATCH] * whole + ([_SCRATCH[:rest]] if rest else [])

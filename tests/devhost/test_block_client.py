@@ -8,6 +8,7 @@ import shutil
 import socket
 import struct
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -223,7 +224,7 @@ def test_a_full_socket_does_not_block_the_owner(path: str) -> None:
     received = []
 
     def script(sock: socket.socket) -> None:
-        greet(sock, size=size)
+        greet(sock, size=4 * size)
         cookies = []
         for _ in range(4):
             _, _, cookie, _, length = take_request(sock)
@@ -234,7 +235,7 @@ def test_a_full_socket_does_not_block_the_owner(path: str) -> None:
     server = WireServer(path, script)
     client = connected(path)
     data = [bytes([n]) * size for n in range(4)]
-    cookies = [client.write(0, [memoryview(piece)]) for piece in data]
+    cookies = [client.write(size * n, [memoryview(piece)]) for n, piece in enumerate(data)]
     assert client.wants_write
     poller = select.poll()
     poller.register(client.fileno(), select.POLLOUT)
@@ -266,6 +267,98 @@ def test_more_views_than_one_system_call_takes(path: str) -> None:
     client.read(0, [target[2 * n : 2 * n + 2] for n in range(count)])
     assert len(client.drain(SECONDS)) == 1
     assert target == pattern
+    server.finish()
+
+
+def test_overlapping_requests_wait_for_one_another(path: str) -> None:
+    """ "Ordering of messages and writes": a server may take requests in flight in any order."""
+    seen: list[list[int]] = []
+
+    def script(sock: socket.socket) -> None:
+        greet(sock)
+        for together in (3, 2, 1):  # as many as must have been sent before any is answered
+            batch = []
+            for _ in range(together):
+                command, _, cookie, _, length = take_request(sock)
+                data = receive(sock, length) if command == WRITE else b""
+                batch.append((cookie, bytes(length) if command == READ else b"", data))
+            sock.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                sock.recv(1)
+            sock.settimeout(SECONDS)
+            seen.append([cookie for cookie, _, _ in batch])
+            sock.sendall(b"".join(simple_reply(cookie, 0, data) for cookie, data, _ in reversed(batch)))
+
+    server = WireServer(path, script)
+    client = connected(path)
+    data = memoryview(bytearray(1024))
+    one = client.write(0, [data])
+    two = client.read(1024, [data])
+    three = client.read(1024, [data])  # reads do not mind one another
+    four = client.write(1023 + 1024, [data])
+    five = client.flush()
+    six = client.trim(2048, 512)
+    assert [request.cookie for request in client.pending] == [one, two, three, four, five, six]
+    assert {done.cookie for done in client.drain(SECONDS)} == {one, two, three, four, five, six}
+    assert seen == [[one, two, three], [four, five], [six]]
+    server.finish()
+
+
+@pytest.mark.parametrize("arrived", [0, 10, 16, 116, 528])
+def test_cancelled_read_touches_its_views_no_more(path: str, arrived: int) -> None:
+    step = threading.Event()
+
+    def script(sock: socket.socket) -> None:
+        greet(sock)
+        reply = simple_reply(take_request(sock)[2], 0, b"d" * 1024)
+        sock.sendall(reply[:arrived])
+        step.wait(SECONDS)
+        sock.sendall(reply[arrived:])
+
+    server = WireServer(path, script)
+    client = connected(path)
+    ram = bytearray(b"\xee" * 1024)
+    cookie = client.read(0, [memoryview(ram)[:600], memoryview(ram)[600:]])
+    landed = 0
+    while landed < arrived - 16:  # let the first part land
+        assert client.on_readable() == []
+        landed = ram.count(b"d")
+    client.cancel(cookie)
+    assert ram == b"d" * landed + b"\xee" * (1024 - landed)
+    step.set()
+    assert next_completions(client) == [Completion(cookie, 0)]
+    assert ram == b"d" * landed + b"\xee" * (1024 - landed)
+    client.cancel(cookie)  # harmless
+    server.finish()
+
+
+def test_cancelled_write_goes_on_with_the_data_of_that_moment(path: str) -> None:
+    """Also when most of it is still to be sent, and when it is sent once more."""
+    size = 4 << 20
+    received = []
+
+    def dies(sock: socket.socket) -> None:
+        greet(sock, size=size)
+        received.append(receive(sock, take_request(sock)[4]))
+
+    def lives(sock: socket.socket) -> None:
+        greet(sock, size=size)
+        _, _, cookie, _, length = take_request(sock)
+        received.append(receive(sock, length))
+        sock.sendall(simple_reply(cookie))
+
+    server = WireServer(path, dies, lives)
+    client = connected(path)
+    ram = bytearray(b"w" * size)
+    cookie = client.write(0, [memoryview(ram)])
+    assert client.wants_write
+    client.cancel(cookie)
+    ram[:] = bytes(size)
+    with pytest.raises(BlockError, match="closed the connection"):
+        client.drain(SECONDS)
+    client.reconnect(SECONDS)
+    assert client.drain(SECONDS) == [Completion(cookie, 0)]
+    assert received == [b"w" * size] * 2
     server.finish()
 
 
@@ -330,14 +423,14 @@ def test_replay_in_the_old_order_after_the_server_died(path: str) -> None:
     client = connected(path)
     ram = bytearray(1024)
     first = client.read(0, [memoryview(ram)])
-    second = client.write(512, [memoryview(b"2" * 512)])
-    third = client.write(1024, [memoryview(b"3" * 512)])
+    second = client.write(1024, [memoryview(b"2" * 512)])
+    third = client.write(1536, [memoryview(b"3" * 512)])
     assert next_completions(client) == [Completion(second, 0)]
     assert "closed the connection" in lost(client)
     client.reconnect(SECONDS)
     assert client.drain(SECONDS) == [Completion(first, 0), Completion(third, 0)]
     assert ram == b"r" * 1024
-    assert replayed == [(READ, 0, 1024), (WRITE, 1024, b"3" * 512)]
+    assert replayed == [(READ, 0, 1024), (WRITE, 1536, b"3" * 512)]
     server.finish()
 
 
