@@ -19,7 +19,9 @@ attributes  fn=NAME       handler family; default: mnemonic in lower case. C fun
             cpl0          #GP(0) unless CPL is 0: the decoder sees to it, the handler need not
             end           the block ends behind it: mode, mapping or interrupts may have changed
             jump          the handler sets rip itself: the block ends, nothing follows
-            aux=N         constant for the handler in uop.aux
+            pure          register form (LEA: any form) cannot fault, reads and writes nothing but registers and flags
+    maybe         writes its flags only when the count is not 0
+    aux=N         constant for the handler in uop.aux
             mod=oszapc    flags written (letters o s z a p c, d i); undef= left undefined; use= read
             cpuid=NAME    feature it belongs to
             host          runs as a host instruction: uop.aux is its ordinal among the host rows (host_rows[]); fn is op_host unless
@@ -59,7 +61,7 @@ FLAG_BITS = {"c": 0, "p": 2, "a": 4, "z": 6, "s": 7, "i": 9, "d": 10, "o": 11}
 FLAG_ATTRIBUTES = ("mod", "undef", "use")
 VALUE_ATTRIBUTES = {"fn", "forms", "aux", "as", "cpuid", "fault", "nodiff", *FLAG_ATTRIBUTES}
 WORD_ATTRIBUTES = {"lock", "rep", "repz", "i64", "o64", "d64", "f64", "cpl0", "end", "jump", "host",
-                   "unaligned", "x87", "nowait", "control"}
+                   "unaligned", "x87", "nowait", "control", "pure", "maybe"}
 FORMS = {"size", "rm", "fast", "nf"}
 FIXED = {"AL", "AH", "AX", "CL", "DX", "EAX", "ECX", "EDX", "eAX", "rAX", "rBX", "rCX", "rDX", "1", "ST0", "STi",
          "XMM0", "F", "ES", "CS", "SS", "DS", "FS", "GS"}

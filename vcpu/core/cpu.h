@@ -150,6 +150,7 @@ struct cpu {
     struct seg_header *seg;
     int64_t budget;                   /* instructions left in this run(); block heads count down */
     int64_t budget_noted;             /* what of it is in s.instructions already */
+    uint32_t pauses;                  /* PAUSE instructions */
     uint64_t run_started, halt_before; /* host ns and s.halt_ns when run() was entered */
     jmp_buf unwind;                   /* run loop: after a fault or an abandoned access */
     uint32_t index;                   /* vCPU number */

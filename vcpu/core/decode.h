@@ -26,6 +26,8 @@ enum op_form { OPFORM_R, OPFORM_M, OPFORM_F, OPFORM_L, OPFORM_NF };
 #define OPF_RM_OPCODE 0x4000 /* register in the opcode */
 #define OPF_BYTE 0x8000      /* byte operation */
 #define OPF_MOD3 0x10000 /* ModRM.mod is ignored: MOV from and to CR and DR */
+#define OPF_PURE 0x200000    /* cannot fault with register operands (LEA: at all), and only changes registers and flags */
+#define OPF_MAYBE 0x400000   /* writes flags only when its count is not 0 */
 #define OPF_UNALIGNED 0x20000 /* the words of sse.tab and x87.tab */
 #define OPF_X87 0x40000
 #define OPF_NOWAIT 0x80000
