@@ -205,7 +205,7 @@ def test_our_client_and_a_name_their_server_does_not_have(foreign: tuple[str, st
         BlockClient(foreign[0], "hd9").connect(SECONDS)
 
 
-# ---- our client, our server ----------------------------------------------------------------------------------
+# ---- our client, our server ----------------------------------------------------------------------------
 def test_our_client_at_our_server(serve: Serve, noise: Path) -> None:
     client = BlockClient(serve(Export("hd0", str(noise))), "hd0")
     client.connect(SECONDS)
