@@ -50,8 +50,6 @@ END_SECONDS = 5.0
 VRAM_SIZE = (16 << 20) + (256 << 10)
 #: behind the firmware in the segment's ROM: the VGA option ROM
 OPTION_ROM_ROOM = 64 << 10
-#: attention bit that makes a vCPU leave the guest and look at its control socket
-ATTN_CONTROL = 0x01
 
 Notice = messages.AnyNotice
 #: what may precede the guest's first instruction: loads RAM and says how vCPU 0 starts
@@ -191,7 +189,7 @@ class Vm:
         try:
             await self._socket.send_multipart((role.encode(), encode(command)))
             if role.startswith("vcpu") and self.segment is not None:
-                self.segment.attend(int(role[4:]), ATTN_CONTROL)
+                self.segment.call(int(role[4:]))
             return await future
         except zmq.ZMQError as error:
             raise IslandError(f"{role} cannot be reached: {error}") from None

@@ -76,6 +76,12 @@ void vcpu_attend_all(struct seg_header *seg, uint32_t bits)
     }
 }
 
+void seg_call(struct seg_header *seg, uint32_t vcpu)
+{
+    seg_add(&seg_vcpu(seg, vcpu)->commands, 1);
+    vcpu_attend(seg, vcpu, ATTN_CONTROL);
+}
+
 uint32_t vcpu_take_attention(struct seg_header *seg, uint32_t vcpu) { return seg_swap(&seg_vcpu(seg, vcpu)->attention, 0); }
 
 int vcpu_sleep(struct seg_header *seg, uint32_t vcpu, uint64_t wake_ns)

@@ -30,6 +30,7 @@ void guest_time_set(struct seg_header *seg, uint64_t guest_ns, uint64_t wall_ns,
 /* ---- attention, sleep, parking (attention.c) ---- */
 void vcpu_attend(struct seg_header *seg, uint32_t vcpu, uint32_t bits);
 void vcpu_attend_all(struct seg_header *seg, uint32_t bits);
+void seg_call(struct seg_header *seg, uint32_t vcpu);                /* coordinator, after it has sent a control message */
 uint32_t vcpu_take_attention(struct seg_header *seg, uint32_t vcpu); /* the bits, all cleared; then look at what they announce */
 /* Sleeps (parked) until attention is nonzero, or guest time reaches wake_ns (SEG_NO_OFFSET: never). Returns vcpu_unpark()'s. */
 int vcpu_sleep(struct seg_header *seg, uint32_t vcpu, uint64_t wake_ns);

@@ -146,7 +146,7 @@ struct vcpu_block {
     uint32_t attention;          /* any process: atomic OR seq_cst; the vCPU clears bits with atomic AND. Futex word */
     uint32_t sleeping;           /* vCPU: 1 while it waits on the futex (atomic seq_cst) */
     uint32_t parked;             /* vCPU: 1 while it promises not to touch guest memory before it looks at map_version and world again */
-    uint32_t stop_request;       /* coordinator: atomic */
+    uint32_t commands;           /* coordinator: control messages sent so far, counted after sending (atomic); then ATTN_CONTROL */
     uint64_t map_ack;            /* vCPU: last map version in force here (release) */
     uint64_t posted_irr[4];      /* senders: atomic OR; the vCPU: atomic exchange 0 */
     uint64_t posted_tmr[4];      /* senders, before posted_irr: 1 = level triggered; atomic OR / AND */

@@ -153,6 +153,10 @@ class Segment:
                 raise SegmentError(f"segment's {name} is {getattr(header, name)}, this build expects {value}")
         return segment
 
+    def close(self) -> None:
+        """Forget the descriptor. The mapping itself goes with the last view of it."""
+        os.close(self.fd)
+
     # ---- parts ---------------------------------------------------------------------------------
     def _at(self, kind: str, offset: int) -> Any:
         return ffi.cast(kind, self._memory + offset)
@@ -299,6 +303,10 @@ class Segment:
     def attend(self, vcpu: int, bits: int) -> None:
         """Raise ATTN_* bits at a vCPU, and wake it."""
         lib.vcpu_attend(self.header, vcpu, bits)
+
+    def call(self, vcpu: int) -> None:
+        """A control message has been sent to this vCPU: make it leave the guest and read it."""
+        lib.seg_call(self.header, vcpu)
 
     # ---- map -----------------------------------------------------------------------------------
     def publish_map(self, regions: Iterable[RegionLike]) -> None:
