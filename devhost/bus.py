@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from coordinator.contract.device import Device
 from coordinator.contract.messages import SPACE_INTA, SPACE_PORT
@@ -60,6 +61,7 @@ class Bus:
         self._ports: dict[int, Window] = {}
         self._memory: list[Window] = []
         self.inta: Callable[[], int] | None = None
+        self._effects: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
         #: -trace: called with (device name, register, width, value, write)
         self.trace: Callable[[str, str, int, int, bool], None] | None = None
 
@@ -81,12 +83,13 @@ class Bus:
             index = self._descriptor(slot, range_name, register or Register("unused", offset), offset)
             self.segment.ports[base + offset] = index
 
-    def unmap_ports(self, slot: Slot, base: int, range_name: str = "main") -> None:
-        for offset in range(slot.device.ranges[range_name].size):
-            window = self._ports.get(base + offset)
-            if window is not None and window.slot is slot:
-                del self._ports[base + offset]
-                self.segment.ports[base + offset] = 0
+    def move_ports(self, slot: Slot, base: int | None, range_name: str) -> None:
+        """Answer at another base, or nowhere; whoever calls publishes the map."""
+        for port in [port for port, w in self._ports.items() if w.slot is slot and w.range_name == range_name]:
+            del self._ports[port]
+            self.segment.ports[port] = 0
+        if base is not None:
+            self.map_ports(slot, base, range_name)
 
     def map_memory(self, slot: Slot, gpa: int, size: int, range_name: str = "main") -> tuple[int, int]:
         """Answer addresses ``gpa`` and up; returns (first_reg, regs) for the region in the memory map."""
@@ -111,7 +114,7 @@ class Bus:
         desc.host, desc.device = self.host, slot.id
         desc.widths = sum(register.widths)
         desc.offset, desc.length = register.offset, register.span
-        desc.shift = register.shift
+        desc.shift, desc.within = register.shift, offset - register.offset
         if register.read is Access.SHADOW:
             desc.shadow = self.segment.allocate_shadow()
             slot.shadows.append((desc.shadow, offset, range_name))
@@ -138,9 +141,24 @@ class Bus:
         slot.time_sources.append((index, register.time_source))
         return index
 
+    # ---- effects -------------------------------------------------------------------------------
+    def defer(self, function: Callable[..., None], *arguments: Any) -> None:
+        """An effect of the event in hand on the rest of the machine: done in order, after shadows are stored."""
+        self._effects.append((function, arguments))
+
+    def _perform(self) -> None:
+        while self._effects:
+            effects, self._effects = self._effects, []
+            for function, arguments in effects:
+                function(*arguments)
+
     # ---- events --------------------------------------------------------------------------------
     def publish(self, slot: Slot) -> None:
-        """Store a device's shadow registers and time sources after an event."""
+        """End an event of one device: shadow registers and time sources are stored, then effects are performed."""
+        self._store(slot)
+        self._perform()
+
+    def _store(self, slot: Slot) -> None:
         device = slot.device
         for index, offset, range_name in slot.shadows:
             self.segment.set_shadow(index, device.peek(offset, range_name))
@@ -148,9 +166,11 @@ class Bus:
             self.segment.set_time_source(index, *device.time_state(name))
 
     def publish_all(self) -> None:
+        """End an event that may have changed any device."""
         for slot in self.slots.values():
             if slot.shadows or slot.time_sources:
-                self.publish(slot)
+                self._store(slot)
+        self._perform()
 
     def _window(self, space: int, addr: int) -> Window | None:
         if space == SPACE_PORT:

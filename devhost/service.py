@@ -10,9 +10,11 @@ ZeroMQ descriptors are edge triggered: a socket is read until it has nothing bef
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,9 +24,10 @@ from coordinator.contract import messages
 from coordinator.contract.clock import NS_PER_S, Timer, TimerWheel
 from coordinator.contract.codec import encode
 from coordinator.contract.config import DevhostConfig, bus_endpoint
-from coordinator.contract.errors import AtollError, MessageError
+from coordinator.contract.errors import AtollError, IslandError, MessageError
 from coordinator.contract.island import Control, router
 from coordinator.contract.segment import Segment
+from devhost.block_backend import NbdBackend
 from devhost.bus import Bus
 
 log = logging.getLogger(__name__)
@@ -59,19 +62,13 @@ class Service:
         self.control = Control(self.context, config.runtime, f"devhost{config.index}")
         self.router = router(self.context, bus_endpoint(config.runtime, config.index))
         self.handle: Callable[[messages.AnyCommand], Any] = lambda command: None
-        self._readers: dict[int, Callable[[], None]] = {}
+        #: block devices of the drives, by drive id
+        self.backends: dict[str, NbdBackend] = {}
         self._output: dict[int, bytearray] = {}
         self._debug: dict[int, bytearray] = {}
         self._running = True
 
     # ---- host side of devices ------------------------------------------------------------------
-    def add_reader(self, fd: int, callback: Callable[[], None]) -> None:
-        """Call back when ``fd`` is readable (block clients)."""
-        self._readers[fd] = callback
-
-    def remove_reader(self, fd: int) -> None:
-        self._readers.pop(fd, None)
-
     def serial_output(self, index: int, data: bytes) -> None:
         buffer = self._output.setdefault(index, bytearray())
         buffer += data
@@ -94,29 +91,48 @@ class Service:
     # ---- the loop --------------------------------------------------------------------------------
     def run(self) -> None:
         """Serve until Quit."""
-        doorbell = self.config.doorbell_fd
-        fixed = [self.router.get(zmq.FD), self.control.socket.get(zmq.FD), doorbell]
+        fixed = [self.router.get(zmq.FD), self.control.socket.get(zmq.FD), self.config.doorbell_fd]
         self.control.hello()
         while self._running:
             busy = self._serve_bus()
             busy |= self._apply_posted(None)
             busy |= self._fire_timers()
             busy |= self._serve_control()
-            if busy and not self._readers:
-                continue
-            timeout = 0.0 if busy else self._idle()
-            readable, _, _ = select.select([*fixed, *self._readers], [], [], timeout)
-            self.ring.sleeping(False)
-            for fd in readable:
-                if fd == doorbell:
-                    os.eventfd_read(doorbell)
-                elif (reader := self._readers.get(fd)) is not None:
-                    reader()
-                    self.bus.publish_all()
+            self._wait(fixed, 0.0 if busy else self._idle())
         self._flush_output()
         self.control.flush()
         self.router.close()
         self.context.term()
+
+    def _wait(self, fixed: list[int], timeout: float) -> None:
+        """Sleep until something happens; serve the block devices."""
+        backends = {backend.fileno(): backend for backend in self.backends.values()}
+        blocked = [fd for fd, backend in backends.items() if backend.wants_write]
+        if any(backend.waiting for backend in backends.values()):
+            timeout = 0.0
+        readable, writable, _ = select.select([*fixed, *backends], blocked, [], timeout)
+        self.ring.sleeping(False)
+        for fd in writable:
+            backends[fd].on_writable()
+        for backend in backends.values():
+            if backend.waiting:
+                backend.deliver_early()
+                self.bus.publish_all()
+        for fd in readable:
+            if fd in backends:
+                backends[fd].on_readable()
+                self.bus.publish_all()
+            elif fd == self.config.doorbell_fd:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(fd)
+
+    def drain(self, done: Callable[[], bool], seconds: float = 10.0) -> None:
+        """Serve block devices alone until ``done``; AtollError when that takes too long."""
+        deadline = time.monotonic() + seconds
+        while not done():
+            if time.monotonic() > deadline or not self.backends:
+                raise IslandError("devices do not come to rest: a block request is not answered")
+            self._wait([], 0.1)
 
     def _idle(self) -> float:
         """Nothing is left to do: promise to be woken, and say for how long to sleep."""

@@ -369,9 +369,17 @@ class Segment:
         """INTR of the 8259 pair, wired to LINT0 of every vCPU."""
         lib.pic_intr_set(self.header, level)
 
+    def reset_fabric(self) -> None:
+        """IOAPIC after RESET#; pins keep the levels that their sources drive."""
+        lib.ioapic_reset(self.header)
+
     def msi(self, addr: int, data: int) -> bool:
         """Message-signalled interrupt; False: nobody took it."""
         return bool(lib.fabric_msi(self.header, addr, data))
+
+    def post_interrupt(self, vcpu: int, mode: int, vector: int) -> None:
+        """An interrupt message at one vCPU; ``mode`` is a delivery mode (SDM vol. 3 table 11-18)."""
+        lib.fabric_post(self.header, vcpu, mode, vector, 0)
 
     # ---- counters ------------------------------------------------------------------------------
     def count_roundtrip(self, host: int, device: int) -> None:

@@ -148,8 +148,10 @@ class I8254(ByteDevice):
         assert isinstance(record, I8254Record)
         for channel, state in zip(self.channels, record.channels, strict=True):
             channel.load(state)
-        self._drive()
+        channel = self.channels[0]
+        # a rise that is due but has not been drawn is still to come
+        low = channel.mode in (0, 1) and (record.deadline is not None or not channel.output(self.tick()))
+        self._irq0.set(not low)
+        self._timer.cancel()
         if record.deadline is not None:
-            if self.channels[0].mode in (0, 1):  # also when it is due: the rise is still to come
-                self._irq0.set(False)
             self._timer.arm(record.deadline)

@@ -7,8 +7,10 @@ descriptor), and its table-loader commands (BIOS linker loader).
 from __future__ import annotations
 
 import struct
+import uuid
 from typing import ClassVar
 
+from coordinator.contract.config import Machine, Media
 from coordinator.contract.device import Device, Dma
 from coordinator.contract.registers import Register, RegisterMap
 from coordinator.contract.state import Record
@@ -26,6 +28,8 @@ DMA_SIGNATURE = 0x51454D5520434647  # "QEMU CFG"
 DMA_ERROR, DMA_READ, DMA_SKIP, DMA_SELECT, DMA_WRITE = 1, 2, 4, 8, 16
 
 FILE_NAME = 56
+LOW_RAM_LIMIT = 0xC000_0000
+E820_RAM = 1
 LOADER_NAME = 56
 
 
@@ -137,6 +141,32 @@ class FwCfg(Device):
     def load(self, record: Record) -> None:
         assert isinstance(record, FwCfgRecord)
         self.key, self.offset, self.dma_high = record.key, record.offset, record.dma_high
+
+
+def describe(fw_cfg: FwCfg, machine: Machine) -> None:
+    """The items by which firmware learns what it runs on."""
+    fw_cfg.set(UUID, uuid.UUID(machine.uuid).bytes)
+    fw_cfg.set(RAM_SIZE, struct.pack("<Q", machine.ram))
+    fw_cfg.set(NOGRAPHIC, struct.pack("<H", int(not machine.vga)))
+    fw_cfg.set(NB_CPUS, struct.pack("<H", machine.vcpus))
+    fw_cfg.set(MAX_CPUS, struct.pack("<H", machine.vcpus))
+    fw_cfg.set(BOOT_MENU, struct.pack("<H", int(machine.boot.menu)))
+    fw_cfg.set(IRQ0_OVERRIDE, struct.pack("<I", 1))
+    low = min(machine.ram, LOW_RAM_LIMIT)
+    ranges = [(0, low)] + ([(1 << 32, machine.ram - low)] if machine.ram > low else [])
+    fw_cfg.add_file("etc/e820", b"".join(struct.pack("<QQI", start, size, E820_RAM) for start, size in ranges))
+    fw_cfg.add_file("bootorder", "".join(f"{path}\n" for path in boot_paths(machine)).encode() + b"\0")
+
+
+def boot_paths(machine: Machine) -> list[str]:
+    """Open Firmware paths of the drives in boot order, as SeaBIOS matches them."""
+    kinds = {"c": Media.DISK, "d": Media.CDROM}
+    paths = []
+    for letter in machine.boot.order:
+        for drive in machine.drives:
+            if drive.media is kinds.get(letter):
+                paths.append(f"/pci@i0cf8/ide@1,1/drive@{drive.index // 2}/disk@{drive.index % 2}")
+    return paths
 
 
 TABLES_FILE, RSDP_FILE, LOADER_FILE = "etc/acpi/tables", "etc/acpi/rsdp", "etc/table-loader"

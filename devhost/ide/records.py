@@ -12,7 +12,7 @@ from coordinator.contract.state import Record
 U8 = Annotated[int, Meta(ge=0, le=0xFF)]
 U16 = Annotated[int, Meta(ge=0, le=0xFFFF)]
 U32 = Annotated[int, Meta(ge=0, le=0xFFFF_FFFF)]
-U63 = Annotated[int, Meta(ge=0, lt=1 << 63)]
+U63 = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 FiveBytes = tuple[U8, U8, U8, U8, U8]
 
 

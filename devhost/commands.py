@@ -1,0 +1,85 @@
+"""What the coordinator may ask of the device host, one method a command."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from coordinator.contract import messages
+from coordinator.contract.errors import UsageError
+from devhost.chips.keycodes import QCODES
+from devhost.pc import Pc
+from devhost.vga.render import render
+
+NS_PER_MS = 1_000_000
+MOST_KEYS = 16
+
+
+class Commands:
+    """``handle`` is the service's hook; its value goes back as the answer."""
+
+    def __init__(self, pc: Pc) -> None:
+        self._pc = pc
+        self._table: dict[type[messages.Command], Callable[[Any], Any]] = {
+            messages.Run: self._run,
+            messages.Stop: self._stop,
+            messages.Reset: lambda command: pc.power_on(),
+            messages.DescribeChip: self._describe,
+            messages.PowerButton: lambda command: pc.pm.press_power_button(),
+            messages.SendKeys: self._send_keys,
+            messages.SerialInput: self._serial_input,
+            messages.Screen: self._screen,
+            messages.OpenTray: lambda command: pc.drives.open_tray(command.drive, command.force),
+            messages.CloseTray: lambda command: pc.drives.close_tray(command.drive),
+            messages.InsertMedium: lambda command: pc.drives.insert(command.drive),
+            messages.QueryDrives: lambda command: pc.drives.describe(),
+        }
+
+    def handle(self, command: messages.AnyCommand) -> Any:
+        action = self._table.get(type(command))
+        if action is None:
+            raise UsageError(f"a device host does not take {type(command).__name__}")
+        return action(command)
+
+    def _run(self, command: messages.Run) -> None:
+        for slot in self._pc.slots.values():
+            slot.device.resume()
+
+    def _stop(self, command: messages.Stop) -> None:
+        """Pause every device; block requests in flight end before the answer."""
+        for slot in self._pc.slots.values():
+            slot.device.pause()
+        self._pc.service.drain(lambda: all(slot.device.paused() for slot in self._pc.slots.values()))
+
+    def _describe(self, command: messages.DescribeChip) -> str:
+        if command.what == "pic":
+            return "".join(line + "\n" for line in self._pc.pic.summary())
+        raise UsageError(f"there is no chip {command.what!r} to describe")
+
+    def _send_keys(self, command: messages.SendKeys) -> None:
+        """Press all in order; release them in reverse order when the hold time is over."""
+        unknown = [key for key in command.keys if key not in QCODES]
+        if unknown:
+            raise UsageError(f"Unknown key: '{unknown[0]}'")
+        if not 1 <= len(command.keys) <= MOST_KEYS:
+            raise UsageError(f"{len(command.keys)} keys at once; 1 to {MOST_KEYS} are possible")
+        keyboard, clock = self._pc.keyboard, self._pc.clock
+        for key in command.keys:
+            keyboard.key_event(key, True)
+
+        def release() -> None:
+            for key in reversed(command.keys):
+                keyboard.key_event(key, False)
+
+        clock.timer(release).arm(clock.now() + command.hold_ms * NS_PER_MS)
+
+    def _serial_input(self, command: messages.SerialInput) -> int:
+        if not 0 <= command.index < len(self._pc.uarts):
+            raise UsageError(f"there is no serial port {command.index}")
+        return self._pc.uarts[command.index].receive(command.data)
+
+    def _screen(self, command: messages.Screen) -> tuple[int, int, bytes]:
+        if self._pc.vga is None:
+            raise UsageError("there is no VGA card")
+        picture = render(self._pc.vga)
+        return picture.shape[1], picture.shape[0], picture.tobytes()

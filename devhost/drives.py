@@ -1,0 +1,120 @@
+"""The IDE part of the machine: PIIX3's IDE function, two channels, four drives, their block devices."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from coordinator.contract import messages
+from coordinator.contract.config import Drive as DriveConfig
+from coordinator.contract.config import Media, nbd_socket
+from coordinator.contract.errors import BlockError
+from devhost.block_backend import NbdBackend
+from devhost.block_client import BlockClient
+from devhost.bus import Slot
+from devhost.ide.ata import AtaDrive
+from devhost.ide.atapi import AtapiDrive
+from devhost.ide.channel import IdeChannel
+from devhost.ide.pci_function import IDETIM, IDETIM_ENABLED, LEGACY, Piix3Ide
+from devhost.service import Service
+
+if TYPE_CHECKING:
+    from devhost.pc import Pc
+
+BUS_MASTER_PORTS = 0xC000
+COMMAND_IO_AND_MASTER = 0x5
+
+
+class Drives:
+    """``function`` is the PCI function; drives are reached by their id."""
+
+    def __init__(self, service: Service, pc: Pc) -> None:
+        self._service, self._pc, self._bus = service, pc, service.bus
+        self.by_id: dict[str, AtaDrive | AtapiDrive] = {}
+        fitted: list[AtaDrive | AtapiDrive | None] = [None] * 4
+        for config in pc.machine.drives:
+            fitted[config.index] = self._make(config)
+        self.channels: list[IdeChannel] = []
+        self._slots: list[Slot] = []
+        for number, (_, _, irq) in enumerate(LEGACY):
+            pair = (fitted[2 * number], fitted[2 * number + 1])
+            channel = IdeChannel(pc.irq.pin(irq), pc.dma, pair)
+            self.channels.append(channel)
+            slot = self._bus.add(channel, f"ide{number}")
+            pc.slots[slot.name] = slot
+            self._slots.append(slot)
+        self.function = Piix3Ide(self._decoded, self._moved)
+
+    def _make(self, config: DriveConfig) -> AtaDrive | AtapiDrive:
+        backend = self._open(config.id) if config.file is not None else None
+        drive: AtaDrive | AtapiDrive
+        if config.media is Media.CDROM:
+            drive = AtapiDrive(backend, serial=config.serial, on_tray=lambda is_open: self._tray(config.id, is_open))
+        else:
+            assert backend is not None, "a disk has an image"
+            drive = AtaDrive(backend, serial=config.serial)
+        if backend is not None:
+            backend.completed = drive.complete
+        self.by_id[config.id] = drive
+        return drive
+
+    def _open(self, ident: str) -> NbdBackend:
+        client = BlockClient(nbd_socket(self._service.config.runtime), ident)
+        client.connect()
+        backend = NbdBackend(client)
+        self._service.backends[ident] = backend
+        return backend
+
+    def _tray(self, ident: str, is_open: bool) -> None:
+        self._service.control.notify(messages.TrayMoved(drive=ident, open=is_open))
+
+    # ---- PCI ---------------------------------------------------------------------------------------
+    def _decoded(self, number: int, on: bool) -> None:
+        command, control, _ = LEGACY[number]
+        self._bus.move_ports(self._slots[number], command if on else None, "command")
+        self._bus.move_ports(self._slots[number], control if on else None, "control")
+        self._pc.ports_changed()
+
+    def _moved(self, base: int | None) -> None:
+        for number, slot in enumerate(self._slots):
+            self._bus.move_ports(slot, None if base is None else base + 8 * number, "busmaster")
+        self._pc.ports_changed()
+
+    def as_firmware_leaves_it(self) -> None:
+        for channel in (0, 1):
+            self.function.write(IDETIM + 2 * channel, 2, IDETIM_ENABLED)
+        self.function.write(0x20, 4, BUS_MASTER_PORTS)
+        self.function.write(0x04, 2, COMMAND_IO_AND_MASTER)
+
+    # ---- media ---------------------------------------------------------------------------------------
+    def _cd(self, ident: str) -> AtapiDrive:
+        drive = self.by_id.get(ident)
+        if not isinstance(drive, AtapiDrive):
+            raise BlockError(f"drive {ident} is not a CD-ROM drive")
+        return drive
+
+    def open_tray(self, ident: str, force: bool) -> bool:
+        return self._cd(ident).open_tray(force)
+
+    def close_tray(self, ident: str) -> None:
+        self._cd(ident).close_tray()
+
+    def insert(self, config: DriveConfig) -> None:
+        """A medium that blockd exports now, or none."""
+        drive = self._cd(config.id)
+        backend = self._open(config.id) if config.file is not None else None
+        old = None if backend is not None else self._service.backends.pop(config.id, None)
+        drive.insert(backend)
+        if backend is not None:
+            backend.completed = drive.complete
+        if old is not None:
+            old.close()
+
+    def describe(self) -> list[dict[str, Any]]:
+        """For query-block and the monitor."""
+        result = []
+        for ident, drive in self.by_id.items():
+            entry: dict[str, Any] = {"id": ident, "phase": drive.phase.value}
+            if isinstance(drive, AtapiDrive):
+                entry.update(tray_open=drive.tray_open, locked=drive.locked, inserted=drive.backend is not None)
+            result.append(entry)
+        return result
