@@ -12,13 +12,19 @@ struct vcpu_block *core_block(struct cpu *c);
 struct seg_header *core_segment(struct cpu *c);
 uint8_t *core_base(struct cpu *c);                /* host address of the segment */
 
-/* Runs at most budget instructions (a REP counts once; a block is not split, so it stops a few early). Returns enum vcpu_exit. */
+/* Runs at most budget instructions (a REP counts once). Returns enum vcpu_exit. */
 int core_run(struct cpu *c, int64_t budget);
 /* After someone else wrote the architectural state (reset, load): TLB, blocks' mode and lazy flags follow. */
 void core_state_changed(struct cpu *c);
+/* HLT ends run() with EXIT_DEBUG, rip behind it: how a program without devices ends in tests. */
+void core_halt_exits(struct cpu *c, int on);
 /* The handlers that the opcode table names and nobody wrote, separated by blanks; empty in a whole build. */
 const char *core_missing_handlers(void);
 /* Architectural state as after power-on; an AP then waits for SIPI. Posted words are emptied. */
 void core_power_on(struct cpu *c);
 /* gpa of a linear address, without side effects or checks of privilege; SEG_NO_OFFSET: not mapped. While run() is not inside. */
 uint64_t core_translate(struct cpu *c, uint64_t linear);
+/* eventfd that wakes device host `host`. */
+void core_doorbell(struct cpu *c, uint32_t host, int fd);
+/* Raises ATTN_* bits at this vCPU. */
+void core_attend(struct cpu *c, uint32_t bits);

@@ -6,7 +6,7 @@
  * sync access, for which vcpu_block.io is filled and Python called.
  */
 #include "io.h"
-#include "apic.h"
+#include "api.h"
 
 /* in _core's generated file: calls Python. 0: done, the reply is in s.io.data. 1: not begun, leave. */
 int core_sync_access(void *handle);
@@ -22,6 +22,13 @@ struct piece {
     unsigned host, device;
     const struct reg_desc *reg; /* NULL: no descriptor, sync */
 };
+
+void core_doorbell(struct cpu *c, uint32_t host, int fd)
+{
+    if (host < SEG_MAX_HOSTS) {
+        c->doorbell[host] = fd;
+    }
+}
 
 static uint64_t ones(unsigned width) { return ~UINT64_C(0) >> (64 - 8 * width); }
 

@@ -5,6 +5,7 @@
 #include <time.h>
 
 #include "io.h"
+#include "api.h"
 #include "mem.h"
 
 static uint64_t host_ns(void)
@@ -13,6 +14,8 @@ static uint64_t host_ns(void)
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
+
+void core_attend(struct cpu *c, uint32_t bits) { vcpu_attend(c->seg, c->index, bits); }
 
 void core_park(struct cpu *c) { vcpu_park(c->seg, c->index); }
 

@@ -1,0 +1,54 @@
+"""A vCPU's end of the bus: sync accesses to the device hosts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import zmq
+
+from coordinator.contract import messages
+from coordinator.contract.codec import encode
+from coordinator.contract.config import bus_endpoint
+from coordinator.contract.island import dealer
+from vcpu._core import ffi
+
+#: how often a vCPU that waits for a reply looks whether it is told to quit, ms
+LOOK_MS = 250
+
+
+class BusClient:
+    """One DEALER a device host, and at most one request open."""
+
+    def __init__(self, context: zmq.Context[Any], runtime: str, index: int, hosts: int) -> None:
+        self.index = index
+        name = b"vcpu%d" % index
+        self._sockets = [dealer(context, bus_endpoint(runtime, host), name) for host in range(hosts)]
+        for socket in self._sockets:
+            socket.set(zmq.RCVTIMEO, LOOK_MS)
+        self._serial = 0
+
+    def send(self, io: Any) -> int:
+        """Send what ``struct io_request *`` asks for; returns the request's serial."""
+        self._serial += 1
+        data = bytes(ffi.buffer(io.data, io.width * io.count)) if io.write else b""
+        request = messages.BusRequest(
+            serial=self._serial, vcpu=self.index, ticket=io.ticket, space=io.space, device=io.device,
+            addr=io.addr, width=io.width, count=io.count, write=bool(io.write), data=data,
+        )
+        self._sockets[io.host].send(encode(request))
+        return self._serial
+
+    def receive(self, io: Any, serial: int) -> messages.BusReply | None:
+        """The reply to request ``serial``; None when none came within LOOK_MS."""
+        while True:
+            try:
+                frame = self._sockets[io.host].recv()
+            except zmq.Again:
+                return None
+            reply = messages.replies.decode(frame)
+            if reply.serial == serial:
+                return reply
+
+    def close(self) -> None:
+        for socket in self._sockets:
+            socket.close()
