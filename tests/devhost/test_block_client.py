@@ -222,10 +222,12 @@ def test_what_is_refused_before_it_is_sent(path: str) -> None:
 def test_a_full_socket_does_not_block_the_owner(path: str) -> None:
     size = 8 << 20
     received = []
+    full = threading.Event()
 
     def script(sock: socket.socket) -> None:
         greet(sock, size=4 * size)
         cookies = []
+        full.wait(SECONDS)
         for _ in range(4):
             _, _, cookie, _, length = take_request(sock)
             received.append(receive(sock, length))
@@ -237,6 +239,7 @@ def test_a_full_socket_does_not_block_the_owner(path: str) -> None:
     data = [bytes([n]) * size for n in range(4)]
     cookies = [client.write(size * n, [memoryview(piece)]) for n, piece in enumerate(data)]
     assert client.wants_write
+    full.set()
     poller = select.poll()
     poller.register(client.fileno(), select.POLLOUT)
     while client.wants_write:
@@ -336,9 +339,11 @@ def test_cancelled_write_goes_on_with_the_data_of_that_moment(path: str) -> None
     """Also when most of it is still to be sent, and when it is sent once more."""
     size = 4 << 20
     received = []
+    full = threading.Event()
 
     def dies(sock: socket.socket) -> None:
         greet(sock, size=size)
+        full.wait(SECONDS)
         received.append(receive(sock, take_request(sock)[4]))
 
     def lives(sock: socket.socket) -> None:
@@ -354,6 +359,7 @@ def test_cancelled_write_goes_on_with_the_data_of_that_moment(path: str) -> None
     assert client.wants_write
     client.cancel(cookie)
     ram[:] = bytes(size)
+    full.set()
     with pytest.raises(BlockError, match="closed the connection"):
         client.drain(SECONDS)
     client.reconnect(SECONDS)
