@@ -281,10 +281,9 @@ static void note_pointers(struct code *e)
         call(e, (uintptr_t)host_note_pointers);
         return;
     }
-    ins_mem(e, 0x8b, true, AX, DI, offsetof(struct cpu, block));
     byte(e, 0x0f); /* movzx ecx, word [rsi + ioff] */
     ins_mem(e, 0xb7, false, CX, SI, offsetof(struct uop, ioff));
-    ins_mem(e, 0x03, true, CX, AX, offsetof(struct block, rip));
+    ins_mem(e, 0x03, true, CX, DI, ARCH_OFF(rip)); /* of the block */
     ins_mem(e, 0x89, true, CX, DI, FPU_OFF(fip));
     mov_imm(e, AX, e->f->fop);
     byte(e, 0x66);
@@ -300,7 +299,7 @@ static void body(struct code *e)
     const struct host_row *row = e->f->row;
     const struct uop *u = &e->f->u;
     bool memory = memory_form(e->f), implied = row->bits & (HOSTF_XMM0_R | HOSTF_XMM0_W);
-    unsigned reg = 0, rm = 0, mmx_mask = 7;
+    unsigned reg, rm;
     if (row->bits & HOSTF_CONDITION) {
         call(e, (uintptr_t)host_status_flags);
         byte(e, 0x88), byte(e, 0xc4); /* mov ah, al */
@@ -317,7 +316,7 @@ static void body(struct code *e)
             load_gpr(e, reg, u->reg);
         }
     } else {
-        reg = row->ext != 0xff ? row->ext : u->reg & mmx_mask;
+        reg = row->ext != 0xff ? row->ext : u->reg & 7;
     }
     if (memory) {
         rm = X8;
@@ -332,7 +331,7 @@ static void body(struct code *e)
             load_gpr(e, rm, u->rm);
         }
     } else {
-        rm = row->rm != 0xff ? row->rm : u->rm & mmx_mask;
+        rm = row->rm != 0xff ? row->rm : u->rm & 7;
     }
     if (row->bits & HOSTF_XMM0_R) {
         load_xmm(e, 0, 0);

@@ -58,12 +58,21 @@ void *host_operand(struct cpu *c, const struct uop *u, uint32_t desc)
     return operand_at(c, u, lin, desc);
 }
 
-/* Behind a store to what operand_at() gave. An x87 store with an unmasked exception has stored nothing. */
+/* Has the x87 store just executed left its operand alone? Of unmasked exceptions only precision comes with a result
+ * (SDM vol. 1 sections 8.5.4 to 8.5.6); there was none before, the instruction would have waited. */
+static bool x87_stored_nothing(void)
+{
+    uint16_t sw, cw;
+    __asm__ volatile("fnstsw %0; fnstcw %1" : "=a"(sw), "=m"(cw));
+    return sw & ~cw & 0x1f; /* IE DE ZE OE UE */
+}
+
+/* Behind a store to what operand_at() gave */
 void host_stored(struct cpu *c, const struct uop *u, void *to, uint32_t desc)
 {
     if (to != c->stubs->bounce) {
         code_check(c, to, desc & 0xff);
-    } else if (!(desc & MEM_WAITS) || !fpu_pending()) {
+    } else if (!(desc & MEM_WAITS) || !x87_stored_nothing()) {
         mem_write_bytes(c, u, c->stubs->store_lin, to, desc & 0xff);
     }
 }
