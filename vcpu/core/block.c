@@ -114,7 +114,7 @@ static const uint8_t *code_page(struct cpu *c, uint64_t lin, uint64_t *offset)
         *offset = (uint64_t)(host - c->guest);
         return host;
     }
-    return mem_fetch_page(c, lin & PAGE_BASE, offset);
+    return mem_fetch_page(c, lin, offset);
 }
 
 static bool segmented(unsigned mode) { return !(mode & (MODE_64 | MODE_FLAT)); }

@@ -18,17 +18,27 @@ static inline void stack_set(struct cpu *c, uint64_t sp)
     GPR(c, RSP) = (mask == UINT16_MAX ? GPR(c, RSP) & ~mask : 0) | (sp & mask);
 }
 
+/* A stack address that is not canonical is #SS(0) whatever segment the instruction's operand is in. */
+static inline uint64_t stack_linear(struct cpu *c, const struct uop *u, uint64_t sp, unsigned n, bool write)
+{
+    uint64_t lin = seg_linear(c, u, SS, sp, n, write);
+    if (unlikely(!canonical(lin) || !canonical(lin + (n - 1)))) {
+        raise_fault_code(c, u, VEC_SS, 0);
+    }
+    return lin;
+}
+
 /* Item of n bytes at RSP + displacement */
 static inline uint64_t stack_read(struct cpu *c, const struct uop *u, int64_t displacement, unsigned n)
 {
     uint64_t sp = (GPR(c, RSP) + (uint64_t)displacement) & stack_mask(c);
-    return mem_read(c, u, seg_linear(c, u, SS, sp, n, false), n);
+    return mem_read(c, u, stack_linear(c, u, sp, n, false), n);
 }
 
 static inline void stack_write(struct cpu *c, const struct uop *u, int64_t displacement, uint64_t value, unsigned n)
 {
     uint64_t sp = (GPR(c, RSP) + (uint64_t)displacement) & stack_mask(c);
-    mem_write(c, u, seg_linear(c, u, SS, sp, n, true), value, n);
+    mem_write(c, u, stack_linear(c, u, sp, n, true), value, n);
 }
 
 static inline void push_value(struct cpu *c, const struct uop *u, uint64_t value, unsigned n)
