@@ -15,7 +15,7 @@
 #include "cpu.h"
 
 /* ---- for the run loop and whoever calls into Python ---- */
-/* NULL, or what the host's CPU lacks. */
+/* NULL, or a line that says what the host lacks. */
 const char *host_lacks(void);
 /* Memory for stubs; false: errno says why not. */
 bool host_init(struct cpu *c);

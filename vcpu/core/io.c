@@ -5,6 +5,7 @@
  * by the register's class: nobody's, a shadow, a function of time, an entry of the posted ring, or a
  * sync access, for which vcpu_block.io is filled and Python called.
  */
+#include "host.h"
 #include "io.h"
 #include "api.h"
 
@@ -50,7 +51,9 @@ static void sync_access(struct cpu *c, const struct uop *u, const struct piece *
     r->write = write;
     r->ticket = ring_next_ticket(c->seg, p->host);
     core_park(c);
+    fpu_park(c);
     int abandoned = core_sync_access(c->handle);
+    fpu_unpark(c);
     core_unpark(c);
     if (abandoned) {
         cpu_unwind(c, u, UNWIND_RETRY);

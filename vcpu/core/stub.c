@@ -29,8 +29,8 @@ static struct sigaction previous_action;
 const char *host_lacks(void)
 {
     __builtin_cpu_init();
-    return !__builtin_cpu_supports("sse4.2") ? "SSE4.2" : !__builtin_cpu_supports("aes") ? "AES"
-        : !__builtin_cpu_supports("pclmul") ? "PCLMULQDQ" : NULL;
+    return !__builtin_cpu_supports("sse4.2") ? "the host CPU lacks SSE4.2" : !__builtin_cpu_supports("aes") ? "the host CPU lacks AES"
+        : !__builtin_cpu_supports("pclmul") ? "the host CPU lacks PCLMULQDQ" : NULL;
 }
 
 static _Noreturn void trap_mf(struct cpu *c, const struct uop *u) { raise_mf(c, u); }
