@@ -6,6 +6,7 @@ only what changed, which is what one wants while working on the core.
 
 from __future__ import annotations
 
+import fcntl
 import re
 import runpy
 import subprocess
@@ -61,6 +62,8 @@ def incremental() -> None:
     """Compiles what is older than its source or any header, two at a time, and links in place."""
     build = ROOT / "build" / "core"
     build.mkdir(parents=True, exist_ok=True)
+    lock = open(build / "lock", "w")  # noqa: SIM115  held until the process ends: one build at a time
+    fcntl.flock(lock, fcntl.LOCK_EX)
     generated = build / "_core.c"
     fresh = build / "_core.new.c"
     builder().emit_c_code(str(fresh))

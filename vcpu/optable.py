@@ -138,7 +138,7 @@ class Row:
     @property
     def sized(self) -> bool:
         """The operand-size prefix and REX.W choose among 16, 32 and 64 bits."""
-        return any(o.size in ("v", "z", "y") or o.text in ("rAX", "eAX") for o in self.operands)
+        return "size" in self.handler_forms or any(o.size in ("v", "z", "y") or o.text in ("rAX", "eAX") for o in self.operands)
 
     def sizes(self, bits: int = 64) -> tuple[int, ...]:
         """Operand sizes in bits that the row has in a mode of so many bits; (0,) where it has no such notion."""

@@ -103,6 +103,8 @@ void core_state_changed(struct cpu *c)
     mode_update(c);
 }
 
+void core_halt_exits(struct cpu *c, int on) { c->halt_exits = on; }
+
 const char *core_missing_handlers(void)
 {
     static char names[16384];

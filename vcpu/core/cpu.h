@@ -155,6 +155,7 @@ struct cpu {
     jmp_buf unwind;                   /* run loop: after a fault or an abandoned access */
     uint32_t index;                   /* vCPU number */
     bool single;                      /* debug registers are armed: one instruction at a time, with debug_before/after (B) */
+    bool halt_exits;                  /* HLT ends run() with EXIT_DEBUG: for harnesses */
     bool world_held;                  /* this vCPU has stopped the world (D: world_stop, world_resume) */
     /* -- the fault in delivery: fault.c -- */
     uint32_t fault_vector, fault_error;

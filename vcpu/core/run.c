@@ -167,8 +167,11 @@ static int loop(struct cpu *c)
             if (a->activity == ACT_SHUTDOWN) {
                 return EXIT_SHUTDOWN;
             }
-            if (a->activity == ACT_HALTED && apic_wakes(c)) {
+            if (a->activity == ACT_HALTED && (apic_wakes(c) || kvm_kicked(c))) {
                 a->activity = ACT_RUNNING;
+            } else if (c->halt_exits) {
+                a->activity = ACT_RUNNING;
+                return EXIT_DEBUG;
             } else {
                 sleep_until_event(c);
                 continue;
