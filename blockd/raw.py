@@ -151,11 +151,10 @@ def _open(file: str, read_only: bool) -> int:
     try:
         fd = os.open(file, access | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        hint = ""
+        text = f"{file}: cannot be opened: {os.strerror(error.errno or 0)}"
         if not read_only and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            hint = " for writing"
-        reason = os.strerror(error.errno or 0)
-        raise BlockError(f"{file}: cannot be opened{hint}: {reason}", error.errno or errno.EIO) from None
+            text += " (for writing; readonly=on asks for less)"
+        raise BlockError(text, error.errno or errno.EIO) from None
     except ValueError:
         raise BlockError(f"{file!r}: is no file name", errno.EINVAL) from None
     fcntl.fcntl(fd, fcntl.F_SETFL, access)

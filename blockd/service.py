@@ -92,6 +92,7 @@ class Service:
         self._server = Server(self.exports, limits)
         self._listeners: list[tuple[socket.socket, str]] = []
         self._quit = False
+        self._errors: list[str] = []
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._commands: dict[type, Callable[[Any], Any]] = {
             messages.OpenExport: self._open_export,
@@ -137,16 +138,17 @@ class Service:
         self.close()
 
     def close(self) -> None:
-        """End connections, retire exports, remove sockets; BlockError when a flush failed."""
+        """End connections, retire exports, remove sockets; BlockError when a flush failed, also when that
+        was in an earlier call."""
         for listener, path in self._listeners:
             listener.close()
             if os.path.exists(path):
                 os.unlink(path)
         self._listeners.clear()
         self._server.end_all()
-        errors = self.exports.close_all()
-        if errors:
-            raise BlockError("; ".join(errors))
+        self._errors += self.exports.close_all()
+        if self._errors:
+            raise BlockError("; ".join(self._errors))
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._quit = True

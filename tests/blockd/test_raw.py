@@ -138,7 +138,7 @@ def test_unreadable_and_unwritable(runtime: Path) -> None:
     if privileged:
         os.seteuid(NOBODY)
     try:
-        check_refused(file, "for writing: Permission denied", errno.EACCES)
+        check_refused(file, "Permission denied (for writing;", errno.EACCES)
         if privileged:
             RawImage(file, read_only=True).close()
     finally:

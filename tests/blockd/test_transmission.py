@@ -1,17 +1,23 @@
 """The NBD transmission phase: every command, every refusal, and clients that go away in the middle."""
 
+import errno
 import os
+import random
+import socket
 import struct
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from blockd.export import FORMATS
 from blockd.image import Buffer
 from blockd.locks import lock_image
 from blockd.nbd.server import Connection, Limits
 from blockd.raw import RawImage
 from coordinator.contract.config import Export, Media
+from coordinator.contract.errors import BlockError
 from tests.blockd.conftest import SERVICES, Serve, make_image
 from tests.support.nbd_wire import WireClient
 
@@ -288,3 +294,114 @@ def test_change_of_medium(serve: Serve, tmp_path: Path) -> None:
         assert client.read(0, 4) == b"\2\2\2\2"
     with open(first, "r+b") as freed:  # and the first is not locked any more
         assert lock_image(freed.fileno(), first, writable=True)
+
+
+# ---- images that fail, and clients that send noise --------------------------------------------------------
+class FailingImage(RawImage):
+    """A raw image whose calls fail where they are told to."""
+
+    failures: dict[str, tuple[int, int]] = {}  # method: errno, from which offset on
+
+    def _check(self, method: str, offset: int = 0) -> None:
+        number, start = self.failures.get(method, (0, 0))
+        if number and offset >= start:
+            raise OSError(number, os.strerror(number))
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        self._check("read", offset + len(view) - 1)
+        super().read_into(offset, view)
+
+    def write(self, offset: int, data: Buffer, fua: bool = False) -> None:
+        self._check("write", offset)
+        super().write(offset, data, fua)
+
+    def flush(self) -> None:
+        self._check("flush")
+        super().flush()
+
+
+@pytest.fixture
+def failing(serve: Serve, file: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A service whose image can be made to fail."""
+    monkeypatch.setitem(FORMATS, "raw", lambda wanted: FailingImage(wanted.file))
+    FailingImage.failures = {}
+    yield serve(Export("hd0", file))
+    FailingImage.failures = {}
+
+
+@pytest.mark.parametrize(
+    ("number", "wire"),
+    [
+        (errno.EIO, 5),
+        (errno.ENOSPC, 28),
+        (errno.EDQUOT, 28),
+        (errno.EROFS, 1),
+        (errno.ENOMEM, 12),
+        (errno.EBADMSG, 5),
+    ],
+)
+def test_errors_of_the_image_reach_the_client(failing: str, number: int, wire: int) -> None:
+    FailingImage.failures = {"read": (number, 0), "write": (number, 0), "flush": (number, 0)}
+    with connect(failing) as client:
+        assert client.request(READ, 0, 512) == wire
+        assert client.request(READ, 0, 2 * MIB) == wire
+        assert client.request(WRITE, 0, 512, data=bytes(512)) == wire
+        assert client.request(FLUSH) == wire
+        FailingImage.failures = {}
+        assert client.read(0, 4) == bytes(4)  # and the connection goes on
+
+
+def test_an_error_behind_the_reply_header_ends_the_connection(failing: str) -> None:
+    """ "Simple reply message": no other way is left to tell it."""
+    FailingImage.failures = {"read": (errno.EIO, MIB)}
+    with connect(failing) as client:
+        client.send_request(READ, 0, 2 * MIB)
+        with pytest.raises(EOFError):
+            client.simple_reply(2 * MIB)
+
+
+def test_a_flush_that_fails_at_the_end_is_told(failing: str) -> None:
+    FailingImage.failures = {"flush": (errno.EIO, 0)}
+    with pytest.raises(BlockError, match="flush failed: Input/output error") as caught:
+        SERVICES[failing].exports.close("hd0")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_noise(serve: Serve, file: str, seed: int) -> None:
+    """Right beginnings, and then bytes that were changed here and there: whatever comes of it, the next
+    client is served and a read-only image stays what it was."""
+    before = Path(file).read_bytes()
+    path = serve(Export("hd0", file, read_only=True), limits=Limits(handshake_seconds=5))
+    chance = random.Random(seed)
+    options = b"".join(
+        b"IHAVEOPT" + struct.pack(">II", option, len(data)) + data
+        for option, data in (
+            (8, b""),
+            (3, b""),
+            (10, b"\0\0\0\3hd0\0\0\0\1\0\0\0\x0fbase:allocation"),
+            (6, b"\0\0\0\3hd0\0\1\0\3"),
+            (7, b"\0\0\0\3hd0\0\0"),
+        )
+    )
+    requests = b"".join(
+        struct.pack(">IHHQQI", 0x25609513, 0, command, 1, 512, 512) + bytes(512 if command == WRITE else 0)
+        for command in (READ, WRITE, FLUSH, TRIM, CACHE, ZEROES, STATUS, RESIZE)
+    )
+    for _ in range(50):
+        stream = bytearray(options + requests)
+        for _ in range(chance.randrange(1, 6)):
+            stream[chance.randrange(len(stream))] = chance.choice(
+                (0, 1, 0x7F, 0x80, 0xFF, chance.randrange(256))
+            )
+        with WireClient(path) as client:
+            client.sock.sendall(stream[: chance.randrange(len(stream))])
+            client.sock.shutdown(socket.SHUT_WR)
+            try:
+                while client.sock.recv(65536):
+                    pass
+            except ConnectionResetError:
+                pass  # it had heard enough
+    with connect(path) as client:
+        assert client.read(0, 2 * MIB) == before
+    wait_for_clients(path, 0)
