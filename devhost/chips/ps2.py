@@ -47,6 +47,12 @@ class Ps2Device(ABC):
             self.command(value)
         self.on_data()
 
+    def clear(self) -> None:
+        """Forget all that is under way."""
+        self.answers.clear()
+        self.data.clear()
+        self.last = self.expect = 0
+
     @abstractmethod
     def command(self, value: int) -> None: ...
 

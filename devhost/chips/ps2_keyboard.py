@@ -186,11 +186,10 @@ class Keyboard(Ps2Device):
 
     def power_on(self) -> None:
         """What the basic assurance test leaves; keys that are held stay held."""
-        self.answers.clear()
-        self.data.clear()
+        self.clear()
         self._stop_typematic()
         self._defaults()
-        self.leds = self.expect = 0
+        self.leds = 0
         self.scanning = True
 
     # ---- state -----------------------------------------------------------------------------------

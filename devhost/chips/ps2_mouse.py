@@ -190,10 +190,10 @@ class Mouse(Ps2Device):
         return True
 
     def power_on(self) -> None:
-        self.answers.clear()
+        self.clear()
         self._defaults()
         self.wrap = False
-        self.expect = self.device_id = 0
+        self.device_id = 0
         self.knock = []
 
     # ---- state -----------------------------------------------------------------------------------
