@@ -13,8 +13,6 @@ log = logging.getLogger(__name__)
 #: how long the block daemon may be away before a drive reports errors, seconds
 PATIENCE = 30.0
 
-Buffer = bytes | bytearray | memoryview
-
 
 class NbdBackend:
     """``devhost.ide.backend.BlockBackend`` over a connected client. ``completed(cookie, errno)`` is the drive's."""
@@ -22,8 +20,6 @@ class NbdBackend:
     def __init__(self, client: BlockClient) -> None:
         self.client = client
         self.completed: Callable[[int, int], None] = lambda cookie, errno: None
-        self._early: list[Completion] = []
-        self._cancelled: set[int] = set()
 
     @property
     def size(self) -> int:
@@ -33,23 +29,22 @@ class NbdBackend:
     def read_only(self) -> bool:
         return self.client.read_only
 
-    def read(self, offset: int, length: int, into: Sequence[memoryview]) -> int:
-        return self.client.read(offset, into)
+    @property
+    def can_flush(self) -> bool:
+        return self.client.can_flush
 
-    def write(self, offset: int, length: int, data: Sequence[Buffer]) -> int:
-        return self.client.write(offset, [memoryview(piece) for piece in data])
+    def read(self, offset: int, views: Sequence[memoryview]) -> int:
+        return self.client.read(offset, views)
+
+    def write(self, offset: int, views: Sequence[memoryview]) -> int:
+        return self.client.write(offset, views)
 
     def flush(self) -> int:
         return self.client.flush()
 
     def cancel(self, cookie: int) -> None:
-        """Wait for what is in flight, since its data lands in guest memory; then forget this one's completion."""
-        self._cancelled.add(cookie)
-        try:
-            self._early += self.client.drain(PATIENCE)
-        except BlockError as error:
-            log.error("%s", error)
-            self._early += self.client.fail_pending()
+        """The request touches guest memory no more; its drive ignores the completion."""
+        self.client.cancel(cookie)
 
     # ---- for the loop ----------------------------------------------------------------------------
     def fileno(self) -> int:
@@ -76,21 +71,9 @@ class NbdBackend:
                 done = self.client.fail_pending()
         self._deliver(done)
 
-    @property
-    def waiting(self) -> bool:
-        """Completions that came while another request was cancelled."""
-        return bool(self._early)
-
-    def deliver_early(self) -> None:
-        done, self._early = self._early, []
-        self._deliver(done)
-
     def _deliver(self, done: list[Completion]) -> None:
         for cookie, errno in done:
-            if cookie in self._cancelled:
-                self._cancelled.discard(cookie)
-            else:
-                self.completed(cookie, errno)
+            self.completed(cookie, errno)
 
     def close(self) -> None:
         self.client.close()

@@ -101,8 +101,10 @@ class Drives:
     def insert(self, config: DriveConfig) -> None:
         """A medium that blockd exports now, or none."""
         drive = self._cd(config.id)
+        old = self._service.backends.get(config.id)
         backend = self._open(config.id) if config.file is not None else None
-        old = None if backend is not None else self._service.backends.pop(config.id, None)
+        if backend is None:
+            self._service.backends.pop(config.id, None)
         drive.insert(backend)
         if backend is not None:
             backend.completed = drive.complete

@@ -108,16 +108,10 @@ class Service:
         """Sleep until something happens; serve the block devices."""
         backends = {backend.fileno(): backend for backend in self.backends.values()}
         blocked = [fd for fd, backend in backends.items() if backend.wants_write]
-        if any(backend.waiting for backend in backends.values()):
-            timeout = 0.0
         readable, writable, _ = select.select([*fixed, *backends], blocked, [], timeout)
         self.ring.sleeping(False)
         for fd in writable:
             backends[fd].on_writable()
-        for backend in backends.values():
-            if backend.waiting:
-                backend.deliver_early()
-                self.bus.publish_all()
         for fd in readable:
             if fd in backends:
                 backends[fd].on_readable()

@@ -67,7 +67,7 @@ POWER_COMMANDS = {
 POWER_STANDBY, POWER_ACTIVE = 0x00, 0xFF
 
 
-class AtaDisk(Drive):
+class AtaDrive(Drive):
     """A fixed disk of 512-byte sectors."""
 
     sector_size: ClassVar[int] = SECTOR
@@ -292,18 +292,18 @@ class AtaDisk(Drive):
         self.write_cache, self.look_ahead = state.write_cache, state.look_ahead
 
 
-COMMANDS: dict[int, Callable[[AtaDisk], None]] = {
-    0x00: AtaDisk._nop,
-    0x27: AtaDisk._native_max_ext,
-    0x91: AtaDisk._initialize_parameters,
-    0x98: AtaDisk._check_power,
-    0xC6: AtaDisk._set_multiple,
-    0xE5: AtaDisk._check_power,
-    0xE7: AtaDisk._flush,
-    0xEA: AtaDisk._flush,
-    0xEC: AtaDisk._identify,
-    0xEF: AtaDisk._set_features,
-    0xF8: AtaDisk._native_max,
-    **dict.fromkeys(range(0x10, 0x20), AtaDisk._recalibrate),
-    **dict.fromkeys(range(0x70, 0x80), AtaDisk._seek),
+COMMANDS: dict[int, Callable[[AtaDrive], None]] = {
+    0x00: AtaDrive._nop,
+    0x27: AtaDrive._native_max_ext,
+    0x91: AtaDrive._initialize_parameters,
+    0x98: AtaDrive._check_power,
+    0xC6: AtaDrive._set_multiple,
+    0xE5: AtaDrive._check_power,
+    0xE7: AtaDrive._flush,
+    0xEA: AtaDrive._flush,
+    0xEC: AtaDrive._identify,
+    0xEF: AtaDrive._set_features,
+    0xF8: AtaDrive._native_max,
+    **dict.fromkeys(range(0x10, 0x20), AtaDrive._recalibrate),
+    **dict.fromkeys(range(0x70, 0x80), AtaDrive._seek),
 }

@@ -12,7 +12,6 @@ drive 0 missing, is a floating bus.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 from coordinator.contract.device import Device, Dma, Pin
@@ -71,8 +70,7 @@ BUS_MASTER = RegisterMap(
 
 
 class IdeChannel(Device):
-    """``before_interrupt`` is called before the line rises: wiring stores the shadow registers there, so that
-    an interrupt handler on another CPU never sees older ones than the interrupt it serves."""
+    """``drives`` are drive 0 and drive 1; ``pin`` is the interrupt line of the cable."""
 
     kind: ClassVar[str] = "ide-channel"
     ranges: ClassVar[dict[str, RegisterMap]] = {
@@ -86,13 +84,11 @@ class IdeChannel(Device):
         pin: Pin,
         dma: Dma,
         drives: tuple[Drive | None, Drive | None] = (None, None),
-        before_interrupt: Callable[[], None] = lambda: None,
     ) -> None:
         self.pin = pin
         self.dma = dma
         self.master = BusMaster(dma)
         self.drives = drives
-        self.before_interrupt = before_interrupt
         self.fitted = [drive for drive in drives if drive is not None]
         self.control = 0
         self.selected = 0
@@ -254,7 +250,6 @@ class IdeChannel(Device):
         self.line = level
         if level:
             self.master.interrupt()
-            self.before_interrupt()
         self.pin.set(level)
 
     # ---- life ------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from coordinator.contract.device import ListPin
 from coordinator.contract.state import pack, unpack
-from devhost.ide.ata import AtaDisk
+from devhost.ide.ata import AtaDrive
 from devhost.ide.atapi import AtapiDrive
 from devhost.ide.channel import IdeChannel
 from devhost.ide.drive import Drive
@@ -304,7 +304,7 @@ def disk(sectors: int = 2048, read_only: bool = False, request_limit: int = 1 <<
     backend = Backend(pattern(sectors * 512), read_only)
 
     def make() -> tuple[Drive | None, Drive | None]:
-        return AtaDisk(backend, model="ATOLL TEST DISK", serial="S1", request_limit=request_limit), None
+        return AtaDrive(backend, model="ATOLL TEST DISK", serial="S1", request_limit=request_limit), None
 
     return Rig(make)
 

@@ -7,7 +7,7 @@ import struct
 
 import pytest
 
-from devhost.ide.ata import AtaDisk
+from devhost.ide.ata import AtaDrive
 from tests.devhost.ide.rig import (
     ACTIVE,
     BM_INTERRUPT,
@@ -105,7 +105,7 @@ def test_lba48_address_beyond_28_bits() -> None:
             return 1 << 42
 
     backend = Huge(b"")
-    rig = Rig(lambda: (AtaDisk(backend), None))
+    rig = Rig(lambda: (AtaDrive(backend), None))
     rig.taskfile48(3, 0x1_2345_6789)
     rig.prds((0x8000, 3 * 512))
     rig.command(0x25)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from devhost.ide.ata import AtaDisk
+from devhost.ide.ata import AtaDrive
 from devhost.ide.atapi import AtapiDrive
 from devhost.ide.drive import Drive
 from tests.devhost.ide.rig import (
@@ -32,7 +32,7 @@ from tests.devhost.ide.rig import (
 
 def both() -> Rig:
     first, second = Backend(pattern(64 * 512)), Backend(pattern(40 * 2048))
-    return Rig(lambda: (AtaDisk(first), AtapiDrive(second)))
+    return Rig(lambda: (AtaDrive(first), AtapiDrive(second)))
 
 
 def test_signature_of_a_disk_after_power_on() -> None:

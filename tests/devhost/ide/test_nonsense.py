@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from devhost.ide.ata import TRANSFERS, AtaDisk
+from devhost.ide.ata import TRANSFERS, AtaDrive
 from devhost.ide.atapi import AtapiDrive
 from devhost.ide.atapi_commands import COMMANDS
 from tests.devhost.ide.rig import Backend, Memory, Rig, pattern
@@ -50,7 +50,7 @@ HOST = st.tuples(
 
 def fresh() -> Rig:
     first, second = Backend(pattern(128 * 512)), Backend(pattern(60 * 2048))
-    return Rig(lambda: (AtaDisk(first), AtapiDrive(second)), memory=Memory(1 << 18))
+    return Rig(lambda: (AtaDrive(first), AtapiDrive(second)), memory=Memory(1 << 18))
 
 
 def act(rig: Rig, step: tuple) -> None:

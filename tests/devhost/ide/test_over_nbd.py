@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from devhost.block_client import BlockClient
-from devhost.ide.ata import AtaDisk
+from devhost.ide.ata import AtaDrive
 from devhost.ide.channel import IdeChannel
 from tests.devhost.ide.rig import ERR, Rig, pattern
 from tests.support.nbd_wire import WireServer, greet, receive, simple_reply, take_request
@@ -30,7 +30,7 @@ def path() -> Iterator[str]:
 
 
 def rig_with(client: BlockClient) -> Rig:
-    return Rig(lambda: (AtaDisk(client), None))
+    return Rig(lambda: (AtaDrive(client), None))
 
 
 def serve_completions(client: BlockClient, channel: IdeChannel, until: int) -> None:

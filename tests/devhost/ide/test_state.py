@@ -17,7 +17,7 @@ import pytest
 
 from coordinator.contract.errors import RecordError
 from coordinator.contract.state import pack, unpack
-from devhost.ide.ata import AtaDisk
+from devhost.ide.ata import AtaDrive
 from devhost.ide.atapi import AtapiDrive
 from devhost.ide.channel import IdeChannel
 from devhost.ide.phases import Phase
@@ -390,7 +390,7 @@ def test_loading_while_paused_issues_nothing_until_resumed() -> None:
     rig.command(0x20)
     record = rig.channel.save()
     backend = Backend(rig.backend().image)
-    other = Rig(lambda: (AtaDisk(backend), None))
+    other = Rig(lambda: (AtaDrive(backend), None))
     other.channel.pause()
     other.channel.load(record)
     assert backend.log == []
@@ -457,7 +457,7 @@ def test_records_of_other_machines_are_refused() -> None:
 
 def test_two_drives_travel_together() -> None:
     first, second = Backend(pattern(64 * 512)), Backend(pattern(40 * 2048))
-    rig = Rig(lambda: (AtaDisk(first), AtapiDrive(second)))
+    rig = Rig(lambda: (AtaDrive(first), AtapiDrive(second)))
     rig.taskfile(count=1, lba=3)
     rig.command(0x20)
     rig.reload()
