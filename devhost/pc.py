@@ -22,18 +22,18 @@ from coordinator.contract.device import Device
 from devhost.bus import Slot
 from devhost.chips import cmos
 from devhost.chips.acpi_pm import AcpiPm
-from devhost.chips.debug_ports import DebugPort
+from devhost.chips.debug_port import DebugPort
 from devhost.chips.hpet import Hpet
 from devhost.chips.i8042 import I8042
 from devhost.chips.i8237 import I8237
 from devhost.chips.i8254 import I8254
 from devhost.chips.i8259 import I8259
 from devhost.chips.isa_debug_exit import IsaDebugExit
+from devhost.chips.legacy_route import LegacyRoute, LegacyRoutes
 from devhost.chips.mc146818 import Mc146818
 from devhost.chips.ns16550 import Ns16550
 from devhost.chips.port61 import Port61
 from devhost.chips.port92 import Port92
-from devhost.chips.post_port import PostPort
 from devhost.chips.reset_control import ResetControl
 from devhost.dma import SegmentDma
 from devhost.drives import Drives
@@ -94,29 +94,6 @@ class A20Pin:
 
     def set(self, level: bool) -> None:
         self._gate.set(self._number, level)
-
-
-class GatedPin:
-    """A pin that HPET's legacy replacement cuts off."""
-
-    def __init__(self, pin: Any) -> None:
-        self._pin = pin
-        self.cut = False
-
-    def set(self, level: bool) -> None:
-        if not self.cut:
-            self._pin.set(level)
-
-
-class LegacyReplacement:
-    """While it is high, HPET's timers take the places of 8254 and RTC."""
-
-    def __init__(self, *gates: GatedPin) -> None:
-        self._gates = gates
-
-    def set(self, level: bool) -> None:
-        for gate in self._gates:
-            gate.cut = level
 
 
 class IoapicPin:
@@ -190,16 +167,16 @@ class Pc:
         irq.pic = self.pic
         self.bus.inta = self.pic.acknowledge
         self._plug("pic", self.pic, (0x20, "master"), (0xA0, "slave"), (0x4D0, "elcr"))
-        timer_gate, rtc_gate = GatedPin(irq.pin(0)), GatedPin(irq.pin(8))
-        pit = I8254(clock, timer_gate)
+        timer, clock_tick = LegacyRoute(irq.pin(0)), LegacyRoute(irq.pin(8))
+        pit = I8254(clock, timer.chip)
         self._plug("pit", pit, (0x40, "main"))
         self._plug("port61", Port61(pit), (0x61, "main"))
         below = min(self.machine.ram, 0xC000_0000)
         presets = cmos.contents(below, self.machine.ram - below, self.machine.vcpus, self._boot_order())
-        self.rtc = Mc146818(clock, wall_clock(self.machine.rtc, clock.now), rtc_gate, presets)
+        self.rtc = Mc146818(clock, wall_clock(self.machine.rtc, clock.now), clock_tick.chip, presets)
         self._plug("rtc", self.rtc, (0x70, "main"))
         pins = {pin: IoapicPin(self.bus, pin, 1) for pin in range(24)}
-        hpet = Hpet(clock, irq.pin(0), irq.pin(8), LegacyReplacement(timer_gate, rtc_gate), pins)
+        hpet = Hpet(clock, timer.hpet, clock_tick.hpet, LegacyRoutes(timer, clock_tick), pins)
         slot = self._plug("hpet", hpet)
         first, count = self.bus.map_memory(slot, acpi.HPET_BASE, 0x1000)
         hpet_region = Region(acpi.HPET_BASE, 0x1000, MMIO, host=self.bus.host, device=slot.id, first_reg=first, regs=count)
@@ -207,7 +184,7 @@ class Pc:
         self.memory.set("ioapic", CHIPS, Region(acpi.IOAPIC_BASE, 0x1000, IOAPIC))
         self.pm = AcpiPm(clock, irq.pin(acpi.SCI_IRQ), self._power_off)
         self._plug("acpi-pm", self.pm, (0xB2, "smi"))
-        self._plug("dma", I8237(), *((base, name) for name, base in I8237.PORTS.items()))
+        self._plug("dma", I8237(), (0x00, "first"), (0xC0, "second"), (0x80, "pages"))
 
     def _boot_order(self) -> str:
         return self.machine.boot.order
@@ -226,7 +203,6 @@ class Pc:
         for port in (0x402, 0xE9):
             device = DebugPort(lambda data, port=port: self.service.debug_output(port, data))
             self._plug(f"debug{port:x}", device, (port, "main"))
-        self._plug("post", PostPort(), (0x80, "main"))
         if (debug_exit := self.machine.debug_exit) is not None:
             slot = self._plug("debug-exit", IsaDebugExit(self._debug_exit))
             self.bus.map_ports(slot, debug_exit.iobase, size=debug_exit.iosize)
@@ -234,7 +210,7 @@ class Pc:
     def _pci(self) -> None:
         self.host = I440fx(self._pam_changed)
         self._plug("pci", self.host, (PCI_PORTS, "main"))
-        self._plug("reset", ResetControl(self.ask_reset("cf9")), (0xCF9, "main"))
+        self._plug("reset", ResetControl(lambda hard: self.ask_reset("cf9")()), (0xCF9, "main"))
         self.isa = Piix3Isa(lambda: None)
         self.host.plug(1, 0, self.isa)
         self.drives = Drives(self.service, self)

@@ -106,6 +106,8 @@ class Pic:
 
     def _first(self, bits: int) -> int | None:
         """The bit of highest priority: the one after ``lowest``, going round."""
+        if not bits:
+            return None
         for step in range(1, 9):
             ir = self.lowest + step & 7
             if bits >> ir & 1:
@@ -241,6 +243,7 @@ class I8259(ByteDevice):
 
     def __init__(self, intr: Pin) -> None:
         self._intr = intr
+        self._intr_level: bool | None = None
         self.master = Pic()
         self.slave = Pic()
         self._chips = {"master": self.master, "slave": self.slave}
@@ -258,7 +261,10 @@ class I8259(ByteDevice):
         """Carry the slave's INT to IR2 and the master's to the CPU."""
         if not self.master.single:
             self.master.set_line(CASCADE_IR, self.slave.pending(False) is not None)
-        self._intr.set(self.master.pending(not self.master.single) is not None)
+        level = self.master.pending(not self.master.single) is not None
+        if level is not self._intr_level:  # each device's pin comes by here
+            self._intr_level = level
+            self._intr.set(level)
 
     # ---- the CPU ---------------------------------------------------------------------------------
     def acknowledge(self) -> int:
@@ -331,6 +337,7 @@ class I8259(ByteDevice):
         """The 8259A has no reset pin; the board's reset leaves it as at power-on. The lines stay."""
         self.master.reset()
         self.slave.reset()
+        self._intr_level = None
         self._update()
 
     def save(self) -> I8259Record:
@@ -340,4 +347,5 @@ class I8259(ByteDevice):
         assert isinstance(record, I8259Record)
         self.master.load(record.master)
         self.slave.load(record.slave)
+        self._intr_level = None
         self._update()

@@ -7,6 +7,7 @@ measuring. C programs: compile() makes a freestanding binary whose `long entry(l
 from __future__ import annotations
 
 import hashlib
+import struct
 import subprocess
 import tempfile
 from pathlib import Path
@@ -58,10 +59,13 @@ class Flat:
         assert self.cpu != ffi.NULL, ffi.string(lib.core_error()).decode()
         self.block = lib.core_block(self.cpu)
         self.arch: Any = self.block.arch
-        self.write(PAGE_TABLES, (PAGE_TABLES + 0x1000 | 7).to_bytes(8, "little"))
-        self.write(PAGE_TABLES + 0x1000, (PAGE_TABLES + 0x2000 | 7).to_bytes(8, "little"))
-        for i in range(512):
-            self.write(PAGE_TABLES + 0x2000 + 8 * i, (i << 21 | 0x87).to_bytes(8, "little"))
+        self.clear()
+
+    def clear(self) -> None:
+        """Empty memory with page tables in it, and reset()."""
+        self.write(0, bytes(self.segment.ram_size))
+        entries = [PAGE_TABLES + 0x1000 | 7, *[0] * 511, PAGE_TABLES + 0x2000 | 7, *[0] * 511, *(i << 21 | 0x87 for i in range(512))]
+        self.write(PAGE_TABLES, struct.pack("<1536Q", *entries))
         self.reset()
 
     def close(self) -> None:
