@@ -1,4 +1,7 @@
-"""A process that posts: ``python -m tests.contract.peer FD DOORBELL VCPU COUNT``. Values are VCPU << 32 | n."""
+"""A process that posts: ``python -m tests.contract.peer FD DOORBELL VCPU COUNT``.
+
+Values are VCPU << 32 | n.
+"""
 
 from __future__ import annotations
 

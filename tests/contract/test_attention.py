@@ -93,7 +93,7 @@ def test_no_wake_up_is_lost(segment: Segment) -> None:
 
 
 def test_the_world_stands_while_one_vcpu_holds_it(segment: Segment) -> None:
-    """A vCPU says that it runs from the return of unpark to the call of park; a holder finds nobody running."""
+    """A vCPU says that it runs from unpark to park; a holder finds nobody running."""
     header = segment.header
     rounds, vcpus = 200, 3
     runs = [False] * vcpus

@@ -23,7 +23,9 @@ def who(segment: Segment, vector: int = VECTOR) -> list[int]:
     return [vcpu for vcpu in range(segment.vcpus) if vector in take(segment, vcpu)]
 
 
-def send(segment: Segment, dest: int, logical: bool = False, mode: int = FIXED, wide: bool = False) -> list[int]:
+def send(
+    segment: Segment, dest: int, logical: bool = False, mode: int = FIXED, wide: bool = False
+) -> list[int]:
     lib.fabric_deliver(segment.header, mode, VECTOR, logical, dest, wide, 0)
     return who(segment)
 
@@ -73,7 +75,8 @@ def test_disabled_apics(apics: Segment) -> None:
     apics.vcpu(0).apic_mode = 0
     apics.vcpu(1).apic_sw_enabled = 0
     assert send(apics, 0xFF) == [2, 3]
-    lib.fabric_deliver(apics.header, NMI, 0, 0, 0xFF, 0, 0)  # section 11.4.7.2: NMI, INIT and SIPI still arrive
+    # section 11.4.7.2: NMI, INIT and SIPI still arrive at a software-disabled one
+    lib.fabric_deliver(apics.header, NMI, 0, 0, 0xFF, 0, 0)
     assert [apics.vcpu(i).posted_nmi for i in range(4)] == [0, 1, 1, 1]
 
 
@@ -108,7 +111,9 @@ def test_smi_is_ignored(apics: Segment) -> None:
 
 
 # ---- MSI, section 11.11 ----
-def msi(segment: Segment, dest: int, logical: bool = False, hint: bool = False, data: int = VECTOR) -> list[int]:
+def msi(
+    segment: Segment, dest: int, logical: bool = False, hint: bool = False, data: int = VECTOR
+) -> list[int]:
     segment.msi(0xFEE0_0000 | dest << 12 | hint << 3 | logical << 2, data)
     return who(segment)
 
@@ -121,8 +126,7 @@ def test_msi(apics: Segment) -> None:
     assert msi(apics, 1, data=1 << 15 | VECTOR) == []  # level, de-asserted
     assert msi(apics, 1, data=1 << 15 | 1 << 14 | VECTOR) == [1]
     assert not apics.msi(0xFED0_0000, VECTOR)
-    segment_nmi = NMI << 8
-    assert msi(apics, 2, data=segment_nmi) == []
+    assert msi(apics, 2, data=NMI << 8) == []
     assert apics.vcpu(2).posted_nmi == 1
 
 

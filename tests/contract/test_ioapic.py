@@ -168,9 +168,9 @@ def test_pins_that_do_not_exist(apics: Segment, number: int) -> None:
 
 
 def test_no_level_interrupt_is_lost_around_eoi(apics: Segment) -> None:
-    """A device raises its line for each piece of work and lowers it when the handler has taken all; the handler, on
-    another CPU, takes the vector, serves and ends it. A rise that fell between EOI and its look at the pin would leave
-    work behind for ever."""
+    """A device raises its line for each piece of work, the handler lowers it when it has taken all;
+    the handler, on another CPU, takes the vector, serves and ends it. A rise that fell between EOI and
+    its look at the pin would leave work behind for ever."""
     header, block = apics.header, apics.vcpu(1)
     program(apics, 9, VECTOR | LEVEL)
     rounds = 4000

@@ -71,8 +71,8 @@ def test_republish_keeps_the_map_and_changes_the_version(segment: Segment) -> No
 
 
 def test_no_vcpu_uses_an_old_map_after_publication(segment: Segment) -> None:
-    """Each vCPU "translates", then uses the translation until it looks again; the publisher marks every version as
-    retired once publish has returned. A use of a retired version is a stale TLB entry."""
+    """Each vCPU "translates", then uses the translation until it looks again; the publisher marks every
+    version as retired once publish has returned. A use of a retired version is a stale TLB entry."""
     header = segment.header
     rounds, vcpus = 300, 2
     retired = 0  # versions below this must not be in use

@@ -34,11 +34,13 @@ def test_dma_marks_what_it_wrote(segment: Segment) -> None:
 
 
 def test_dma_across_a_remapped_border_and_a_hole(segment: Segment) -> None:
-    segment.publish_map([ram_at(segment, 0, PAGE, 0x8000), ram_at(segment, PAGE, PAGE, 0x3000), ram_at(segment, 0x4000, PAGE)])
+    places = ((0, 0x8000), (PAGE, 0x3000), (0x4000, 0))
+    segment.publish_map([ram_at(segment, gpa, PAGE, skip) for gpa, skip in places])
     assert segment.dma_write(PAGE - 2, b"abcd") == 4
     assert bytes(segment.ram[0x8FFE:0x9000]) == b"ab"
     assert bytes(segment.ram[0x3000:0x3002]) == b"cd"
-    assert segment.dma_write(2 * PAGE - 1, b"x" * (2 * PAGE + 3)) == 3  # two pages of hole between 2000h and 4000h
+    # two pages of hole between 2000h and 4000h
+    assert segment.dma_write(2 * PAGE - 1, b"x" * (2 * PAGE + 3)) == 3
     assert segment.dma_read(2 * PAGE - 1, 2 * PAGE + 3) == b"x" + b"\xff" * 2 * PAGE + b"xx"
 
 
@@ -121,8 +123,8 @@ def test_written_outside_guest_memory_is_ignored(segment: Segment) -> None:
 
 
 def test_no_stale_translation_survives_concurrent_writers(segment: Segment) -> None:
-    """Two writers store rising numbers and then report; a translator marks and reads. When all is quiet, either the
-    translation has the last bytes, or an event that drops it is behind it in the log."""
+    """Two writers store rising numbers and then report; a translator marks and reads. When all is quiet,
+    either the translation has the last bytes, or an event that drops it is behind it in the log."""
     header = segment.header
     rounds = 2000
     word = ffi.cast("volatile uint64_t *", segment._at("uint64_t *", segment.guest_offset + 5 * PAGE))

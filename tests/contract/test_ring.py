@@ -115,8 +115,8 @@ def test_a_host_that_restarts_goes_on_where_the_last_one_stopped(segment: Segmen
 
 
 def test_two_processes_fill_one_ring(segment: Segment) -> None:
-    """More entries than slots, and a host that sleeps whenever the ring is empty: nothing is lost, doubled, or out of
-    a writer's order."""
+    """More entries than slots, and a host that sleeps whenever the ring is empty: nothing is lost,
+    doubled, or out of a writer's order."""
     count = 6000
     bell = os.eventfd(0, os.EFD_NONBLOCK)
     peers = [
