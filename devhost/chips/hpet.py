@@ -63,6 +63,7 @@ class HpetTimerState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     configuration: U32
     comparator: _U64
     period: _U64
+    seen: _U64
     status: bool
     level: bool
     deadline: int | None
@@ -89,6 +90,8 @@ class _Comparator:
         #: 2.3.8.2: the reset value is all ones
         self.comparator = MASK_64
         self.period = 0
+        #: main counter up to which matches are worked out
+        self.seen = 0
         #: Tn_INT_STS
         self.status = False
         #: of its output
@@ -117,11 +120,12 @@ class _Comparator:
 
     def advance(self, counter: int) -> None:
         """Periodic: the comparator moves on by the period at each match (2.3.9.2.2)."""
-        if self.periodic:
-            mask, period = self.mask, self.period & self.mask
-            behind = (counter - self.comparator) & mask
-            if behind <= mask >> 1:
-                self.comparator = self.comparator + (behind // period + 1) * period & mask
+        ahead = (self.comparator - self.seen) & self.mask or self.mask + 1
+        passed = counter - self.seen & MASK_64
+        self.seen = counter
+        if self.periodic and passed >= ahead:
+            period = self.period & self.mask
+            self.comparator = self.comparator + ((passed - ahead) // period + 1) * period & self.mask
 
     def ticks_to_match(self, counter: int) -> int:
         """Ticks until the counter equals the comparator next; it does not now."""
@@ -200,6 +204,11 @@ class Hpet(Device):
         return self.enabled, self._offset_ns, self._frozen
 
     # ---- timers ----------------------------------------------------------------------------------
+    def _advance(self) -> None:
+        counter = self.counter()
+        for timer in self.timers:
+            timer.advance(counter)
+
     def _pin(self, number: int) -> Pin:
         """Where a timer's interrupt goes (2.3.8.1, "Tn_INT_ROUTE_CNF"; 2.3.5, LEG_RT_CNF)."""
         if self.configuration & LEGACY and number < len(self._legacy_pins):
@@ -267,16 +276,14 @@ class Hpet(Device):
 
     def read(self, offset: int, width: int, range_name: str = "main") -> int:
         """2.3.1: 32-bit or 64-bit accesses that do not cross a register."""
-        if self.enabled:
-            counter = self.counter()
-            for timer in self.timers:
-                timer.advance(counter)
+        self._advance()
         value = self.peek(offset & ~7) >> 8 * (offset & 7)
         return value & (1 << 8 * width) - 1
 
     def write(self, offset: int, width: int, value: int, range_name: str = "main") -> None:
         if width < 4 or offset & width - 1 or offset >= RANGE_SIZE:
             return  # "software must not" (2.3.1)
+        self._advance()
         base, shift = offset & ~7, 8 * (offset & 4)
         mask = (1 << 8 * width) - 1 << shift
         self._write(base, value << shift & mask, mask)
@@ -317,12 +324,12 @@ class Hpet(Device):
             self._offset_ns = self._clock.now() - value * NS_PER_TICK & MASK_64
         else:
             self._frozen = value
+        for timer in self.timers:
+            timer.seen = self.counter()
 
     def _set_comparator(self, timer: _Comparator, value: int, mask: int) -> None:
         """2.3.8.2. In periodic mode a write sets the period, and the comparator only after
         VAL_SET_CNF, which each write clears."""
-        if self.enabled:
-            timer.advance(self.counter())
         if not timer.configuration & PERIODIC or timer.configuration & VALUE_SET:
             timer.comparator = (timer.comparator & ~mask | value) & timer.mask
         if timer.configuration & PERIODIC:
@@ -347,6 +354,7 @@ class Hpet(Device):
                     configuration=timer.configuration,
                     comparator=f"{timer.comparator:016x}",
                     period=f"{timer.period:016x}",
+                    seen=f"{timer.seen:016x}",
                     status=timer.status,
                     level=timer.level,
                     deadline=timer.wait.deadline,
@@ -363,6 +371,7 @@ class Hpet(Device):
         for number, (timer, state) in enumerate(zip(self.timers, record.timers, strict=True)):
             timer.configuration = state.configuration & (WRITABLE | VALUE_SET)
             timer.comparator, timer.period = int(state.comparator, 16), int(state.period, 16)
+            timer.seen = int(state.seen, 16)
             timer.status = state.status
             timer.wait.cancel()
             if state.deadline is not None:

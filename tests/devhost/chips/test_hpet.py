@@ -153,6 +153,21 @@ def test_periodic_comparator_moves_without_interrupts() -> None:
     assert bench.clock.wheel.next_deadline() is None
 
 
+def test_32_bit_period_longer_than_half_the_range() -> None:
+    bench = Bench()
+    bench.put(timer(0), INT | PERIODIC | VALUE_SET | MODE_32 | 20 << 9)
+    bench.put(timer(0) + 8, 0xC000_0000)
+    bench.put(CONF, ENABLE)
+    bench.ticks(100)
+    assert bench.get(timer(0) + 8) == 0xC000_0000
+    bench.ticks(0xC000_0000 - 101)
+    assert bench.pins[20].pulses == 0
+    bench.ticks(1)
+    assert bench.pins[20].pulses == 1 and bench.get(timer(0) + 8) == 0x8000_0000
+    bench.ticks(0xC000_0000)
+    assert bench.pins[20].pulses == 2
+
+
 def test_32_bit_mode_wraps() -> None:
     """2.3.8.1, Tn_32MODE_CNF: the timer compares 32 bits, so it matches each time they come round."""
     bench = Bench()
