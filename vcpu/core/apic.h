@@ -33,7 +33,6 @@ void apic_loaded(struct cpu *c);
 void apic_drain(struct cpu *c);        /* posted words -> IRR; sets intr_ready */
 void apic_timer_check(struct cpu *c);  /* fires what is due, arms for the next */
 int apic_ack(struct cpu *c);           /* IRR -> ISR, or INTA of the PIC */
-void apic_local_nmi(struct cpu *c);    /* NMI at LINT1 */
 bool apic_take_init(struct cpu *c);
 bool apic_take_sipi(struct cpu *c, uint32_t *vector);
 bool apic_take_nmi(struct cpu *c);

@@ -1,6 +1,6 @@
 /*
  * Interrupt acceptance and priorities (SDM vol. 3 section 11.8): posted words -> IRR -> ISR -> EOI,
- * and the pins LINT0 (the PIC's INTR) and LINT1.
+ * and the PIC's INTR at LINT0.
  */
 #include "apic_private.h"
 #include "io.h"
@@ -93,15 +93,6 @@ void apic_error(struct cpu *c, uint32_t bits)
     /* An illegal vector in the error entry itself must not call for another error interrupt. */
     if (fresh && LVT_VECTOR(a->lvt_error) >= 16) {
         apic_local(c, a->lvt_error & ~0x700u);
-    }
-}
-
-void apic_local_nmi(struct cpu *c)
-{
-    if (apic_mode(c) == APIC_MODE_OFF) {
-        seg_store_sc(&c->s.posted_nmi, 1); /* LINT1 is NMI then */
-    } else {
-        apic_local(c, c->s.arch.apic.lvt_lint1);
     }
 }
 
