@@ -215,6 +215,7 @@ class Guest:
         arch = self.arch
         arch.gdtr.base, arch.gdtr.limit = GDT, 0xFFF
         arch.idtr.base, arch.idtr.limit = IDT, 0xFFF
+        arch.gpr[REGISTERS["rdx"]] = 0
         arch.cr0 = ET | NE
         arch.rip, arch.gpr[REGISTERS["rsp"]] = CODE, STACK3 if cpl else STACK0 - 0x800
         if self.mode == "real":
