@@ -94,6 +94,15 @@ static void leaf_frequencies(const struct cpu *c, uint32_t subleaf, struct cpuid
     l->eax = (uint32_t)c->seg->time.tsc_khz;
 }
 
+/* The instructions this CPU has run, for a benchmark inside the guest (tests/guests/bench); to within a block. */
+static void leaf_instructions(const struct cpu *c, uint32_t subleaf, struct cpuid_leaf *l)
+{
+    uint64_t count = c->s.instructions + (uint64_t)(c->budget_noted - c->budget);
+    (void)subleaf;
+    l->ecx = (uint32_t)count;
+    l->edx = (uint32_t)(count >> 32);
+}
+
 static void leaf_extended(const struct cpu *c, uint32_t subleaf, struct cpuid_leaf *l)
 {
     (void)subleaf;
@@ -125,6 +134,7 @@ static const struct row rows[] = {
     {0x40000000, {KVM_MAX, TEXT4('K', 'V', 'M', 'K'), TEXT4('V', 'M', 'K', 'V'), TEXT4('M', 0, 0, 0)}, NULL},
     {0x40000001, {KVM_FEATURES, 0, 0, 0}, NULL},
     {0x40000010, {0, APIC_BUS_KHZ, 0, 0}, leaf_frequencies},
+    {0x40000080, {TEXT4('A', 'T', 'O', 'L'), 0, 0, 0}, leaf_instructions}, /* our own, above KVM's */
     {0x80000000, {EXTENDED_MAX, VENDOR_EBX, VENDOR_ECX, VENDOR_EDX}, NULL},
     {0x80000001, {CPUID_SIGNATURE, 0, BIT(0) /* LAHF in 64-bit mode */ | BIT(8) /* PREFETCHW */, EXT1_EDX}, leaf_extended},
     {0x80000002, {TEXT4('A', 't', 'o', 'l'), TEXT4('l', ' ', 'V', 'i'), TEXT4('r', 't', 'u', 'a'), TEXT4('l', ' ', 'C', 'P')}, NULL},
