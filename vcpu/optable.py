@@ -311,11 +311,11 @@ def _host_row(row: Row) -> str:
             if operand.kind in "QWEM":
                 size = {"b": 1, "w": 2, "d": 4, "y": 4, "q": 8, "t": 10, "x": 16}[operand.size]
             if operand.size == "y":
-                bits.append("HOSTF_Y")
+                bits += ["HOSTF_WIDE", "HOSTF_Y"] if place == "rm" else ["HOSTF_WIDE"]
         elif operand.text in ("XMM0", "ECX", "AX"):
             bits.append(f"HOSTF_{operand.text}_{operand.access.upper()}")
         elif operand.text == "EAX":
-            bits.append("HOSTF_EAX_EDX")
+            bits += ["HOSTF_WIDE", "HOSTF_EAX_EDX"]
     x87 = row.map == 0 and 0xD8 <= row.opcode <= 0xDF
     kinds = {operand.kind for operand in row.operands}
     sse = kinds & {"V", "W", "U"} or row.opcode == 0xAE

@@ -165,10 +165,7 @@ static void load_gpr(struct code *e, unsigned reg, unsigned guest) { ins_mem(e, 
 static void store_gpr(struct code *e, unsigned reg, unsigned guest) { ins_mem(e, 0x89, true, reg, DI, GPR_OFF(guest)); }
 
 static bool memory_form(const struct stub_form *f) { return f->row->size && uop_mem(&f->u); }
-static bool wide(const struct stub_form *f)
-{
-    return (f->row->bits & (HOSTF_Y | HOSTF_EAX_EDX)) && (f->u.mode & UOP_OSZ64);
-}
+static bool wide(const struct stub_form *f) { return f->row->bits & HOSTF_WIDE && f->u.mode & UOP_OSZ64; }
 static unsigned operand_size(const struct stub_form *f) { return f->row->bits & HOSTF_Y && wide(f) ? 8 : f->row->size; }
 
 static uint32_t descriptor(const struct stub_form *f)

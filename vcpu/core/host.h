@@ -52,7 +52,8 @@ struct host_row {
 #define HOSTF_POINTERS 0x10      /* sets FIP, FDP, FOP */
 #define HOSTF_FLAGS 0x20         /* writes the status flags */
 #define HOSTF_CONDITION 0x40     /* reads them */
-#define HOSTF_Y 0x80
+#define HOSTF_Y 0x80             /* the memory operand has 8 bytes with REX.W */
+#define HOSTF_WIDE 0x2000        /* REX.W means something */
 #define HOSTF_XMM0_R 0x100       /* implied registers */
 #define HOSTF_XMM0_W 0x200
 #define HOSTF_EAX_EDX 0x400

@@ -18,7 +18,7 @@
 #include "mem.h"
 
 #define POOL_BYTES (4u << 20)
-#define SLOTS (1u << 16)         /* open addressing; stubs are 64 bytes and more, so it never fills */
+#define SLOTS (1u << 16)         /* open addressing; at most half are used */
 #define POOL_LAST (POOL_BYTES - STUB_MAX) /* kept for stubs made after the rest is used up */
 #define ALIGN 16u
 
@@ -117,7 +117,7 @@ void host_free(struct cpu *c)
     c->stubs = NULL;
 }
 
-bool host_full(const struct cpu *c) { return c->stubs->used + STUB_MAX > POOL_LAST; }
+bool host_full(const struct cpu *c) { return c->stubs->used + STUB_MAX > POOL_LAST || c->stubs->count >= SLOTS / 2; }
 
 /* The CPU may have decoded ahead at addresses that get new code: SDM vol. 3 section 9.1.3 asks for a serializing instruction. */
 static void serialize(void)
