@@ -6,10 +6,10 @@ SHELL := /bin/bash
 
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
-SOURCES := $(shell find coordinator vcpu devhost blockd -name '*.[ch]' -o -name '*.tab' \
-             -o -name 'build_*.py' -o -name 'optable*.py' 2>/dev/null)
+SOURCES := $(shell find coordinator/contract vcpu -name '*.[ch]' -o -name '*.inc' -o -name '*.tab' \
+             -o -name 'build_*.py' -o -name 'optable*.py')
 
-# Options for the demo and the benchmark, e.g. make demo ARGS=--keep
+# Options for the demo, the benchmark and pytest, e.g. make demo ARGS="--keep folder"
 ARGS ?=
 
 .DEFAULT_GOAL := help

@@ -140,6 +140,10 @@ class Guest:
         except subprocess.TimeoutExpired as error:
             raise GuestError(f"the console closed, but process {self.pid} runs on") from error
 
+    def exit_status(self) -> int | None:
+        """The launcher's exit status if it has ended by itself."""
+        return self._process.poll()
+
     def kill(self) -> None:
         """Ends the process and everything it was asked to hold; no error if it has ended."""
         for signal_number in (signal.SIGTERM, signal.SIGKILL):

@@ -82,6 +82,7 @@ def boot(launcher: Launcher, image: Path, folder: Path, progress: Progress) -> t
             progress.end(time.monotonic() - last, f"exit status {status}")
         except GuestError as error:
             print(f"[demo] {error}", flush=True)
+            status = guest.exit_status()
         return judge.facts(guest.text(), launcher.excused), status
 
 

@@ -2,20 +2,23 @@
 
 The file is JSON; times are in seconds, everything else counts:
 
-    {"vcpus": [{"instructions": 0, "seconds_running": 0.0, "exits": {"KIND": 0}}],
-     "accesses": {"DEVICE": {"CLASS": 0}},    CLASS is sync, posted, shadow, time or memory
+    {"vcpus": [{"instructions": 0, "seconds_running": 0.0, "seconds_halted": 0.0, "exits": {"KIND": 0}}],
+     "accesses": {"DEVICE": {"CLASS": 0}},    CLASS is sync, posted, shadow, time, memory or nobody
      "roundtrips": {"DEVICE": 0},
-     "interrupts": {"KIND": 0}}
+     "devhost": {"dma_bytes": 0},
+     "interrupts": {"VECTOR": 0},             taken by the CPUs
+     "pins": {"PIN": 0}}                      delivered by the IOAPIC
 
 Whatever is absent is shown as "-".
 """
 
 import json
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-CLASSES = ("sync", "posted", "shadow", "time", "memory")
+CLASSES = ("sync", "posted", "shadow", "time", "memory", "nobody")
 ABSENT = "-"
 
 
@@ -74,11 +77,12 @@ def report(stats: dict[str, Any]) -> str:
             cpu.get("instructions"),
             cpu.get("seconds_running"),
             mips(cpu.get("instructions"), cpu.get("seconds_running")),
+            cpu.get("seconds_halted"),
             sum(cpu["exits"].values()) if cpu.get("exits") else None,
             ", ".join(f"{kind} {count:,}" for kind, count in _most(cpu.get("exits", {}))) or ABSENT,
         )
         for index, cpu in enumerate(stats.get("vcpus", []))
-    ] or [("vcpu", None, None, None, None, None)]
+    ] or [("vcpu", None, None, None, None, None, None)]
     accesses, trips = stats.get("accesses", {}), stats.get("roundtrips", {})
     devices = [
         (name, *[accesses.get(name, {}).get(kind) for kind in CLASSES], trips.get(name))
@@ -88,12 +92,23 @@ def report(stats: dict[str, Any]) -> str:
         sum(classes.get(kind, 0) for classes in accesses.values()) if accesses else None for kind in CLASSES
     ]
     devices.append(("all", *sums, total_roundtrips(stats)))
-    interrupts: list[Sequence[object]] = [*_most(stats.get("interrupts", {}))] or [("interrupts", None)]
+    dma = stats.get("devhost", {}).get("dma_bytes")
     return "\n\n".join((
-        table(("vCPU", "instructions", "seconds", "MIPS", "exits", "exits by kind"), vcpus),
+        table(("vCPU", "instructions", "seconds", "MIPS", "halted", "exits", "exits by kind"), vcpus),
         table(("device accesses", *CLASSES, "round trips"), devices),
-        table(("interrupts", "count"), interrupts),
+        _list("interrupts by vector", stats.get("interrupts")),
+        _list("interrupts by IOAPIC pin", stats.get("pins")),
+        f"bytes moved by DMA: {shown(dma)}",
     ))
+
+
+def _list(title: str, counts: dict[str, int] | None) -> str:
+    """Counts on as few lines as they need, the largest first."""
+    if not counts:
+        return f"{title}: {ABSENT}"
+    words = ", ".join(f"{name}:_{count:,}" for name, count in _most(counts))  # not broken at the underscore
+    text = textwrap.fill(f"{title} ({sum(counts.values()):,} in all): {words}", 110, subsequent_indent="  ")
+    return text.replace(":_", ": ")
 
 
 def _most(counts: dict[str, int]) -> list[tuple[str, int]]:
