@@ -39,7 +39,7 @@ P2_RESET = 0x01
 P2_A20 = 0x02
 P2_KBD_OBF = 0x10
 P2_AUX_OBF = 0x20
-P2_IDLE = 0xC0  # keyboard clock and data
+P2_IDLE = 0xCC  # keyboard clock and data, and two that nothing uses
 
 # where the byte in the output buffer is from
 NONE, FROM_CONTROLLER, FROM_KEYBOARD, FROM_MOUSE = range(4)

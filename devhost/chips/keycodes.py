@@ -21,11 +21,11 @@ f13 08  f14 10  f15 18  f16 20  f17 28  f18 30  f19 38  f20 40  f21 48  f22 50  
 num_lock 77  scroll_lock 7e
 kp_7 6c  kp_8 75  kp_9 7d  kp_subtract 7b  kp_4 6b  kp_5 73  kp_6 74  kp_add 79  kp_1 69  kp_2 72
 kp_3 7a  kp_0 70  kp_decimal 71  kp_multiply 7c  kp_divide e04a  kp_enter e05a  kp_equals 0f  kp_comma 6d
-less 61  ro 51  yen 6a  hiragana 13  katakanahiragana 13  henkan 64  muhenkan 67
+less 61  ro 51  yen 6a  hiragana 62  katakanahiragana 13  henkan 64  muhenkan 67
 ctrl_r e014  alt_r e011  meta_l e01f  meta_r e027  compose e02f  menu e02f
 insert e070  delete e071  home e06c  end e069  pgup e07d  pgdn e07a
 up e075  down e072  left e06b  right e074
-sysrq 84  print e012e07c  pause e11477e1f014f077
+stop e028  sysrq e012e07c  print e012e07c  pause e11477e1f014f077
 power e037  sleep e03f  wake e05e
 audionext e04d  audioprev e015  audiostop e03b  audioplay e034  audiomute e023
 volumeup e032  volumedown e021  mediaselect e050  mail e048  calculator e02b  computer e040
@@ -38,7 +38,7 @@ MAKE_CODES = {name: bytes.fromhex(code) for name, code in zip(_words[::2], _word
 
 #: all names: those without a code stand for keys that no PC keyboard has
 QCODES = frozenset(MAKE_CODES) | frozenset(
-    "unmapped stop again props undo front copy open paste find cut lf help lang1 lang2".split()
+    "unmapped again props undo front copy open paste find cut lf help lang1 lang2".split()
 )
 
 #: keys that say nothing when they are released, and do not repeat

@@ -37,6 +37,7 @@ OVERRUN = {1: 0xFF, 2: 0x00}
 DEFAULT_RATE = 0x2B
 
 _ALT = ("alt", "alt_r")
+_PRINT_WITH_ALT = bytes.fromhex("84")
 _PRINT_PLAIN = bytes.fromhex("e07c")
 
 
@@ -88,9 +89,9 @@ class Keyboard(Ps2Device):
 
     def _make(self, qcode: str) -> bytes:
         """Print screen has a code of its own with Alt, and no shift around it with Shift or Ctrl."""
-        if qcode == "print":
+        if qcode in ("print", "sysrq"):
             if any(key in self.held for key in _ALT):
-                return MAKE_CODES["sysrq"]
+                return _PRINT_WITH_ALT
             if any(key in self.held for key in ("shift", "shift_r", "ctrl", "ctrl_r")):
                 return _PRINT_PLAIN
         return MAKE_CODES[qcode]

@@ -169,7 +169,8 @@ kp_4 kp_5 kp_6 kp_add kp_1 kp_2 kp_3 kp_0 kp_decimal
 """.split()
 #: the rest of set 1, by code
 SET_1_MORE = {
-    "sysrq": 0x54, "less": 0x56, "f11": 0x57, "f12": 0x58, "f13": 0x64, "f20": 0x6B, "f23": 0x6E, "f24": 0x76,
+    "hiragana": 0x77, "less": 0x56, "f11": 0x57, "f12": 0x58, "f13": 0x64, "f20": 0x6B,
+    "f23": 0x6E, "f24": 0x76,
     "kp_equals": 0x59, "katakanahiragana": 0x70, "ro": 0x73, "henkan": 0x79, "muhenkan": 0x7B, "yen": 0x7D,
     "kp_comma": 0x7E,
 }  # fmt: skip
@@ -179,7 +180,8 @@ SET_1_EXTENDED = {
     "pgup": 0x49, "left": 0x4B, "right": 0x4D, "end": 0x4F, "down": 0x50, "pgdn": 0x51,
     "insert": 0x52, "delete": 0x53,
     "meta_l": 0x5B, "meta_r": 0x5C, "compose": 0x5D, "power": 0x5E, "sleep": 0x5F, "wake": 0x63,
-    "audionext": 0x19, "audioprev": 0x10, "audiostop": 0x24, "audioplay": 0x22, "audiomute": 0x20,
+    "audionext": 0x19, "audioprev": 0x10, "audiostop": 0x24, "stop": 0x68,
+    "audioplay": 0x22, "audiomute": 0x20,
     "volumeup": 0x30, "volumedown": 0x2E, "mediaselect": 0x6D, "mail": 0x6C, "calculator": 0x21,
     "computer": 0x6B, "ac_home": 0x32, "ac_back": 0x6A, "ac_forward": 0x69, "ac_refresh": 0x67,
     "ac_bookmarks": 0x66,
@@ -193,7 +195,7 @@ def test_translated_codes() -> None:
         assert bench.press(name) == [code, code | 0x80], name
     for name, code in SET_1_EXTENDED.items():
         assert bench.press(name) == [0xE0, code, 0xE0, code | 0x80], name
-    same_keys = {"asterisk", "hiragana", "menu", "print", "pause"}
+    same_keys = {"asterisk", "menu", "print", "sysrq", "pause"}
     rest = {f"f{n}" for n in range(14, 23)} - {"f20"}
     assert set(MAKE_CODES) == set(singles) | set(SET_1_EXTENDED) | same_keys | rest
 
