@@ -12,7 +12,7 @@ drive 0 missing, is a floating bus.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from coordinator.contract.device import Device, Dma, Pin
 from coordinator.contract.errors import RecordError
@@ -312,18 +312,3 @@ class IdeChannel(Device):
         self.pin.set(self.line)
         for drive in self.fitted:
             drive.load_done()
-
-    # ---- for people --------------------------------------------------------------------------------------
-    def describe(self) -> list[dict[str, Any]]:
-        """State of each drive in words, for the monitor."""
-        return [
-            {
-                "drive": drive.number,
-                "selected": drive.number == self.selected,
-                "phase": drive.phase.value,
-                "opcode": drive.opcode,
-                "status": drive.status,
-                "error": drive.error,
-            }
-            for drive in self.fitted
-        ]
