@@ -163,6 +163,7 @@ class Guest:
         else:
             self.put(TSS + 4, STACK0, 4)
             self.put(TSS + 8, DATA32, 4)
+            self.put(TSS + 0x1C, TABLES, 4)  # CR3: a task switch reads and never writes it
         self.put(TSS + 0x66, 0x68, 2)
         self.write(TSS + 0x68, b"\xff" * 0x80)  # no port below 400h is allowed
         self._page_tables()

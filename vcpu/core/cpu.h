@@ -143,6 +143,8 @@ struct cpu {
     uint32_t lazy;
     uint32_t mode;                    /* MODE_*, of the block in execution */
     uint64_t jump_key;                /* mode and generation: entries of the jump cache with another key are void */
+    uint64_t jump_cs_base;            /* segmented code: the CS that the jump cache's entries belong to */
+    uint32_t jump_cs_limit;
     uint8_t *guest;                   /* host address of guest memory (seg_header.guest) */
     uint64_t *code_mask;              /* seg_header.code_mask_offset */
     uint8_t *dirty;

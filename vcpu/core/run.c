@@ -37,6 +37,11 @@ void mode_update(struct cpu *c)
         mode = (a->seg[CS].attr & 0x4000 ? MODE_D : 0) | (flat(c) ? MODE_FLAT : 0);
     }
     c->mode = mode;
+    if (!(mode & (MODE_64 | MODE_FLAT)) && (c->jump_cs_base != a->seg[CS].base || c->jump_cs_limit != a->seg[CS].limit)) {
+        c->jump_cs_base = a->seg[CS].base; /* the jump cache knows blocks by rip alone */
+        c->jump_cs_limit = a->seg[CS].limit;
+        jump_cache_flush(c);
+    }
     c->jump_key = (c->jump_key & ~(uint64_t)0xff) | mode | (a->cpl == 3 ? MODE_USER : 0);
 }
 
