@@ -55,6 +55,8 @@ from pathlib import Path
 
 TABLES = Path(__file__).resolve().parent / "core" / "optable"
 CONDITIONS = ("o", "no", "b", "nb", "z", "nz", "be", "nbe", "s", "ns", "p", "np", "l", "nl", "le", "nle")
+#: what each pair of conditions looks at (SDM vol. 1 appendix B)
+CONDITION_FLAGS = ("o", "c", "z", "cz", "s", "p", "so", "zso")
 MAPS = {"": 0, "0f": 1, "0f38": 2, "0f3a": 3}
 PREFIXES = ("np", "66", "f3", "f2")
 FLAG_BITS = {"c": 0, "p": 2, "a": 4, "z": 6, "s": 7, "i": 9, "d": 10, "o": 11}
@@ -226,7 +228,7 @@ def _parse(source: str, line: str) -> Iterator[Row]:
     if plus == "cc":
         for cc, name in enumerate(CONDITIONS):
             yield replace(row, opcode=row.opcode + cc, condition=cc, mnemonic=re.sub("cc$", name.upper(), row.mnemonic),
-                          fn=f"{row.fn}_{name}")
+                          fn=f"{row.fn}_{name}", values=row.values | {"use": CONDITION_FLAGS[cc // 2]})
     else:
         yield row
 
