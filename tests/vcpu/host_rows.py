@@ -237,7 +237,7 @@ def check_row(pair: Pair, row: Row, cases: int, unmask: bool) -> None:
     for form in row.forms():
         for target in targets(rnd, cases):
             # The hosts seen look at numeric exceptions before the operand of an x87 store, and store eight
-            # bytes of ten before they find that the rest faults; here that fault comes first, nothing is stored.
+            # bytes of ten before the rest faults; here that fault comes first and nothing is stored.
             if row.source == "x87.tab" and (unmask or any(operand.size == "t" for operand in row.operands)):
                 target = min(target, LAST)
             pair.check(row, encode(row, form, rnd), random_state(rnd, unmask), target, rnd)

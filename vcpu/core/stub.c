@@ -133,6 +133,13 @@ void host_reset(struct cpu *c)
     serialize();
 }
 
+/* ModRM.rm of a 16-bit address: SDM vol. 2 table 2-1 */
+static unsigned rm16(const struct uop *u)
+{
+    unsigned single = u->base == RSI ? 4 : u->base == RDI ? 5 : u->base == RBX ? 7 : 6;
+    return u->index == R_ZERO ? single : (u->base == RBP ? 2 : 0) | (u->index == RDI ? 1 : 0);
+}
+
 /* FOP: low bits of the opcode and ModRM (SDM vol. 1 section 8.1.9), whose mod is taken to be the shortest form. */
 static uint16_t x87_fop(const struct host_row *row, const struct uop *u)
 {
@@ -140,7 +147,7 @@ static uint16_t x87_fop(const struct host_row *row, const struct uop *u)
     if (uop_mem(u)) {
         bool no_base = u->base >= R_ZERO;
         mod = no_base || u->disp == 0 ? 0 : u->disp >= -128 && u->disp <= 127 ? 1 : 2;
-        rm = u->index != R_ZERO ? 4 : no_base ? 5 : u->base & 7;
+        rm = u->mode & UOP_ASZ16 ? rm16(u) : u->index != R_ZERO ? 4 : no_base ? 5 : u->base & 7;
     }
     return (uint16_t)((row->opcode & 7) << 8 | mod << 6 | reg << 3 | rm);
 }
