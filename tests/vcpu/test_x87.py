@@ -58,8 +58,8 @@ divide: fdivp st(1), st
 
 
 @pytest.mark.parametrize("instruction", [
-    "fwait", "fld1", "fld qword ptr [0xc000]", "fld qword ptr [0x1fff000]", "fldcw [0xa000]", "paddb mm0, mm1",
-    "emms", "fldenv [0xc000]", "frstor [0xc000]"])
+    "fwait", "fld1", "fld qword ptr [0xc000]", "fld qword ptr [0x1fff000]", "fldcw [0xa000]",
+    "paddb mm0, mm1", "emms", "fldenv [0xc000]", "frstor [0xc000]"])
 def test_pending_exception_comes_with_the_next_to_wait(make_guest: Make, instruction: str) -> None:
     """SDM vol. 1 section 8.7: before anything else the instruction does, a fault of its operand included."""
     guest = make_guest("long")
