@@ -287,6 +287,28 @@ void op_sti(struct cpu *c, const struct uop *u)
     NEXT(c, u);
 }
 
+static void set_ac(struct cpu *c, const struct uop *u, bool on)
+{
+    if (ARCH(c)->cpl) {
+        raise_fault(c, u, VEC_UD);
+    }
+    uint64_t *flags = &ARCH(c)->rflags;
+    *flags = on ? *flags | FLAG_AC : *flags & ~(uint64_t)FLAG_AC;
+    mmu_set_mode(c);
+}
+
+void op_clac(struct cpu *c, const struct uop *u)
+{
+    set_ac(c, u, false);
+    NEXT(c, u);
+}
+
+void op_stac(struct cpu *c, const struct uop *u)
+{
+    set_ac(c, u, true);
+    NEXT(c, u);
+}
+
 static uint64_t random_word(bool *ok)
 {
     uint64_t value = 0;
@@ -347,5 +369,17 @@ void op_wrmsr(struct cpu *c, const struct uop *u)
     if (!msr_write(c, (uint32_t)GPR(c, RCX), GPR(c, RDX) << 32 | (uint32_t)GPR(c, RAX))) {
         gp(c, u);
     }
+    NEXT(c, u);
+}
+
+/* CLAC and STAC (aux: the bit's new value). They need no block end: what follows uses the TLB that is in force by then. */
+void op_set_ac(struct cpu *c, const struct uop *u)
+{
+    struct cpu_arch *a = ARCH(c);
+    if (a->cpl != 0) {
+        raise_fault(c, u, VEC_UD);
+    }
+    a->rflags = (a->rflags & ~(uint64_t)FLAG_AC) | (u->aux ? FLAG_AC : 0);
+    mmu_set_mode(c);
     NEXT(c, u);
 }
