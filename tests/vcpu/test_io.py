@@ -1,4 +1,4 @@
-"""Ports and memory-mapped registers: classes of access, splitting, what becomes a message; the PIC's vector."""
+"""Ports and memory-mapped registers: classes of access, splitting, messages; the PIC's vector."""
 
 from __future__ import annotations
 
@@ -271,7 +271,7 @@ def test_ioapic_is_answered_in_the_vcpu(machine: Machine) -> None:
 
 
 def test_a_map_that_changes_under_an_access_is_in_force_behind_it(machine: Machine) -> None:
-    """The write to the register moves RAM; the next store, by a TLB entry of before, must go to the new place."""
+    """The write to the register moves RAM; the next store must not use the TLB entry of before."""
     machine.map_port(0x92)
     machine.before_reply = lambda: machine.segment.publish_map([
         ram_at(machine.segment, 0, BUFFER), ram_at(machine.segment, BUFFER, 0x1000, 0x40000)
