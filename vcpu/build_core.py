@@ -19,11 +19,24 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 CONTRACT = ROOT / "coordinator" / "contract"
-# A handler must end in a jump (cpu.h), which gcc does from -O2 on; -foptimize-sibling-calls says that it is meant.
+# A handler must end in a jump (cpu.h), which gcc does from -O2 on; -foptimize-sibling-calls says it is meant.
 # No CET landing pads and no stack protector: they would cost every handler a few instructions.
-CFLAGS = ["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fno-strict-aliasing", "-fwrapv",
-          "-fvisibility=hidden", "-foptimize-sibling-calls", "-fcf-protection=none", "-fno-stack-protector", "-fno-plt",
-          "-fno-semantic-interposition", "-fno-align-functions"]
+CFLAGS = [
+    "-O2",
+    "-std=gnu11",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unused-parameter",
+    "-fno-strict-aliasing",
+    "-fwrapv",
+    "-fvisibility=hidden",
+    "-foptimize-sibling-calls",
+    "-fcf-protection=none",
+    "-fno-stack-protector",
+    "-fno-plt",
+    "-fno-semantic-interposition",
+    "-fno-align-functions",
+]
 INCLUDES = [HERE / "core", CONTRACT]
 
 
@@ -48,13 +61,20 @@ def builder() -> FFI:
     ffi = FFI()
     callbacks = 'extern "Python" int vcpu_sync_access(void *handle);\n'
     ffi.cdef(_cdef(CONTRACT / "segment.h") + _cdef(HERE / "core" / "api.h") + callbacks)
-    preamble = '#include "cpu.h"\n#include "api.h"\nstatic int vcpu_sync_access(void *handle);\n' \
-               "int core_sync_access(void *handle);\nint core_sync_access(void *handle) { return vcpu_sync_access(handle); }\n"
+    preamble = (
+        '#include "cpu.h"\n#include "api.h"\nstatic int vcpu_sync_access(void *handle);\n'
+        "int core_sync_access(void *handle);\n"
+        "int core_sync_access(void *handle) { return vcpu_sync_access(handle); }\n"
+    )
     ffi.set_source(
-        "vcpu._core", preamble + _optable(),
+        "vcpu._core",
+        preamble + _optable(),
         sources=[str(path.relative_to(ROOT)) for path in sources()],
         include_dirs=[str(path.relative_to(ROOT)) for path in INCLUDES],
-        extra_compile_args=CFLAGS, extra_link_args=["-Wl,-z,now"], libraries=["m"])
+        extra_compile_args=CFLAGS,
+        extra_link_args=["-Wl,-z,now"],
+        libraries=["m"],
+    )
     return ffi
 
 
@@ -91,7 +111,10 @@ def incremental() -> None:
         sys.exit("build_core: compilation failed")
     library = HERE / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}"
     fresh_library = build / "_core.so"
-    subprocess.run(["gcc", "-shared", *map(str, objects), "-Wl,-z,now", "-lm", "-lpthread", "-o", str(fresh_library)], check=True)
+    subprocess.run(
+        ["gcc", "-shared", *map(str, objects), "-Wl,-z,now", "-lm", "-lpthread", "-o", str(fresh_library)],
+        check=True,
+    )
     fresh_library.replace(library)
 
 

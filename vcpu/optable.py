@@ -8,8 +8,8 @@ encoding    [np|66|f3|f2] [0f|0f38|0f3a] OPCODE [/r | /0../7] [mod=3|mod=m] [rm=
             OPCODE is hex; `b8+r`: register in the low three bits; `70+cc`: condition in the low four (the row
             stands for sixteen). No prefix word: 66 is the operand size, F2/F3 are ignored or REP.
 operands    SDM vol. 2 appendix A.2 letters, destination first, each optionally with `rw:`, `w:` or `r:`
-            (default: rw for the first, r for the others). Besides: Ibs = byte sign-extended to the operand size,
-            Zb Zv = register in the opcode, STi ST0 = x87, fixed registers AL AX eAX rAX CL DX 1.
+            (default: rw for the first, r for the others). Besides: Ibs = byte sign-extended to the operand
+            size, Zb Zv = register in the opcode, STi ST0 = x87, fixed registers AL AX eAX rAX CL DX 1.
 attributes  fn=NAME       handler family; default: mnemonic in lower case. C function op_NAME...
             forms=...     which functions the family has, below; default: one for all
             lock          LOCK is allowed (memory forms)
@@ -19,13 +19,13 @@ attributes  fn=NAME       handler family; default: mnemonic in lower case. C fun
             cpl0          #GP(0) unless CPL is 0: the decoder sees to it, the handler need not
             end           the block ends behind it: mode, mapping or interrupts may have changed
             jump          the handler sets rip itself: the block ends, nothing follows
-            pure          register form (LEA: any form) cannot fault, reads and writes nothing but registers and flags
-    maybe         writes its flags only when the count is not 0
-    aux=N         constant for the handler in uop.aux
+            pure          register form (LEA: any form) cannot fault; touches nothing but registers and flags
+            maybe         writes its flags only when the count is not 0
+            aux=N         constant for the handler in uop.aux
             mod=oszapc    flags written (letters o s z a p c, d i); undef= left undefined; use= read
             cpuid=NAME    feature it belongs to
-            host          runs as a host instruction: uop.aux is its ordinal among the host rows (host_rows[]); fn is op_host unless
-                  given; unaligned, x87, nowait, control, as=: see sse.tab and x87.tab
+            host          runs as a host instruction: uop.aux is its ordinal among the host rows, host_rows[];
+                          fn is op_host unless given; unaligned, x87, nowait, control, as=: sse.tab, x87.tab
             fault=de,gp   faults beyond those of memory operands
             nodiff=WHY    not runnable on a host in user mode
 
@@ -34,15 +34,16 @@ Handlers. `void op_NAME(struct cpu *c, const struct uop *u)`, with suffixes by `
     (none)        op_NAME                one function: looks at uop_size(u), uop_mem(u), u->mode itself
     size          op_NAME_8 _16 _32 _64  operand size (8: rows with Eb/Gb; else 16, 32, 64 as v)
     rm            op_NAME_r, op_NAME_m   register or memory operand
-    fast          ..._f                  memory operand in 64-bit mode, 64-bit address, no segment base (ea64());
-                                         may fall back to the _m function; needs rm
+    fast          ..._f                  memory operand in 64-bit mode, 64-bit address, no segment base:
+                                         ea64(); may fall back to the _m function; needs rm
     nf            ..._r_nf               register form that need not write flags; needs rm
     lock (attribute) with rm: ..._l      memory form with LOCK prefix
 
 in this order: op_NAME_<size>_<r|m|f|l>[_nf]. `+cc` rows: op_NAME_<cc>_..., cc one of CONDITIONS.
 
-Enumerate rows for tests with load(): each Row has encoding fields, operands (kind, size, access), attributes and the
-flag sets; Row.sizes() and Row.forms() give what to cover. Conditions are already expanded. Row.key is unique and stable.
+Enumerate rows for tests with load(): each Row has encoding fields, operands (kind, size, access), attributes
+and the flag sets; Row.sizes(), Row.forms() and Row.valid() give what to cover. Conditions are already
+expanded. Row.key is unique and stable.
 """
 
 from __future__ import annotations
@@ -62,17 +63,68 @@ PREFIXES = ("np", "66", "f3", "f2")
 FLAG_BITS = {"c": 0, "p": 2, "a": 4, "z": 6, "s": 7, "i": 9, "d": 10, "o": 11}
 FLAG_ATTRIBUTES = ("mod", "undef", "use")
 VALUE_ATTRIBUTES = {"fn", "forms", "aux", "as", "cpuid", "fault", "nodiff", *FLAG_ATTRIBUTES}
-WORD_ATTRIBUTES = {"lock", "rep", "repz", "i64", "o64", "d64", "f64", "cpl0", "end", "jump", "host",
-                   "unaligned", "x87", "nowait", "control", "pure", "maybe"}
+WORD_ATTRIBUTES = {
+    "lock",
+    "rep",
+    "repz",
+    "i64",
+    "o64",
+    "d64",
+    "f64",
+    "cpl0",
+    "end",
+    "jump",
+    "host",
+    "unaligned",
+    "x87",
+    "nowait",
+    "control",
+    "pure",
+    "maybe",
+}
 FORMS = {"size", "rm", "fast", "nf"}
-FIXED = {"AL", "AH", "AX", "CL", "DX", "EAX", "ECX", "EDX", "eAX", "rAX", "rBX", "rCX", "rDX", "1", "ST0", "STi",
-         "XMM0", "F", "ES", "CS", "SS", "DS", "FS", "GS"}
+FIXED = {
+    "AL",
+    "AH",
+    "AX",
+    "CL",
+    "DX",
+    "EAX",
+    "ECX",
+    "EDX",
+    "eAX",
+    "rAX",
+    "rBX",
+    "rCX",
+    "rDX",
+    "1",
+    "ST0",
+    "STi",
+    "XMM0",
+    "F",
+    "ES",
+    "CS",
+    "SS",
+    "DS",
+    "FS",
+    "GS",
+}
 OPERAND = re.compile(r"(?:(rw|w|r):)?(\w+)$")
 LETTERS = "ACDEFGIJMNOPQRSUVWXYZ"
 
 # Immediates, enum imm_kind in decode.h
-IMMEDIATES = {"Ib": "IMM_B", "Ibs": "IMM_BS", "Iw": "IMM_W", "Iz": "IMM_Z", "Iv": "IMM_V", "Jb": "IMM_JB", "Jz": "IMM_JZ",
-              "Ob": "IMM_O", "Ov": "IMM_O", "Ap": "IMM_AP"}
+IMMEDIATES = {
+    "Ib": "IMM_B",
+    "Ibs": "IMM_BS",
+    "Iw": "IMM_W",
+    "Iz": "IMM_Z",
+    "Iv": "IMM_V",
+    "Jb": "IMM_JB",
+    "Jz": "IMM_JZ",
+    "Ob": "IMM_O",
+    "Ov": "IMM_O",
+    "Ap": "IMM_AP",
+}
 
 
 class TableError(Exception):
@@ -81,7 +133,7 @@ class TableError(Exception):
 
 @dataclass(frozen=True)
 class Operand:
-    """kind: SDM addressing letter, or "fixed"; size: SDM type letters (b w v z ps ...), or the register's name."""
+    """kind: SDM addressing letter, or "fixed"; size: SDM type letters (b w v z ...), or the register's name."""
 
     kind: str
     size: str
@@ -98,10 +150,10 @@ class Row:
     prefix: str
     map: int
     opcode: int
-    plus: str                      # "", "r" (register in the opcode)
+    plus: str  # "", "r" (register in the opcode)
     modrm: bool
-    ext: int | None                # /0../7
-    mod: str                       # "", "3", "m"
+    ext: int | None  # /0../7
+    mod: str  # "", "3", "m"
     rm: int | None
     w: int | None
     mnemonic: str
@@ -114,11 +166,20 @@ class Row:
 
     @property
     def key(self) -> str:
-        parts = [self.prefix, ("", "0f", "0f38", "0f3a")[self.map], f"{self.opcode:02x}" + ("+r" if self.plus else "")]
+        parts = [
+            self.prefix,
+            ("", "0f", "0f38", "0f3a")[self.map],
+            f"{self.opcode:02x}" + ("+r" if self.plus else ""),
+        ]
         if self.modrm:
             parts.append("/r" if self.ext is None else f"/{self.ext}")
-        parts += [f"mod={self.mod}" if self.mod else "", "" if self.rm is None else f"rm={self.rm}",
-                  "" if self.w is None else f"w{self.w}", self.mnemonic, ",".join(o.text for o in self.operands)]
+        parts += [
+            f"mod={self.mod}" if self.mod else "",
+            "" if self.rm is None else f"rm={self.rm}",
+            "" if self.w is None else f"w{self.w}",
+            self.mnemonic,
+            ",".join(o.text for o in self.operands),
+        ]
         parts += [word for word in ("i64", "o64") if word in self.words]
         return " ".join(part for part in parts if part)
 
@@ -133,17 +194,25 @@ class Row:
     @property
     def byte(self) -> bool:
         """An operation on bytes: its operand size does not depend on prefixes."""
-        return any(o.kind in "EGZXYO" and o.size == "b" for o in self.operands[:1]) or (
-            bool(self.operands) and self.operands[0].text == "AL") or (
-            bool(self.operands) and self.operands[0].text == "DX" and self.operands[-1].text in ("AL", "Xb"))
+        return (
+            any(o.kind in "EGZXYO" and o.size == "b" for o in self.operands[:1])
+            or (bool(self.operands) and self.operands[0].text == "AL")
+            or (
+                bool(self.operands)
+                and self.operands[0].text == "DX"
+                and self.operands[-1].text in ("AL", "Xb")
+            )
+        )
 
     @property
     def sized(self) -> bool:
         """The operand-size prefix and REX.W choose among 16, 32 and 64 bits."""
-        return "size" in self.handler_forms or any(o.size in ("v", "z", "y") or o.text in ("rAX", "eAX") for o in self.operands)
+        return "size" in self.handler_forms or any(
+            o.size in ("v", "z", "y") or o.text in ("rAX", "eAX") for o in self.operands
+        )
 
     def sizes(self, bits: int = 64) -> tuple[int, ...]:
-        """Operand sizes in bits that the row has in a mode of so many bits; (0,) where it has no such notion."""
+        """Operand sizes in bits that the row has in a mode of so many bits; (0,): it has no such notion."""
         if self.byte:
             return (8,)
         if not self.sized:
@@ -157,7 +226,7 @@ class Row:
         return {None: (16, 32, 64), 0: (16, 32), 1: (64,)}[self.w]
 
     def forms(self) -> tuple[str, ...]:
-        """"r" register, "m" memory, "" no ModRM operand."""
+        """ "r" register, "m" memory, "" no ModRM operand."""
         if not self.modrm:
             return ("",)
         kinds = {o.kind for o in self.operands}
@@ -207,7 +276,9 @@ def _parse(source: str, line: str) -> Iterator[Row]:
             w = int(word[1])
         else:
             raise TableError(f"encoding word {word!r}")
-    operands = tuple(_operand(text, i) for i, text in enumerate(re.split(r"[,\s]+", columns[2]) if columns[2] else []))
+    operands = tuple(
+        _operand(text, i) for i, text in enumerate(re.split(r"[,\s]+", columns[2]) if columns[2] else [])
+    )
     attributes, values = set(), {}
     for word in columns[3].split():
         name, equals, value = word.partition("=")
@@ -223,12 +294,34 @@ def _parse(source: str, line: str) -> Iterator[Row]:
     forms = frozenset(values["forms"].split(",")) if "forms" in values else frozenset()
     if forms - FORMS or (forms & {"fast", "nf"} and "rm" not in forms):
         raise TableError(f"forms {values['forms']!r}")
-    row = Row(source, prefix, opcode_map, int(opcode, 16), plus if plus == "r" else "", modrm, ext, mod, rm, w, columns[1],
-              operands, values.get("fn", "host" if "host" in attributes else columns[1].lower()), forms, frozenset(attributes), values)
+    row = Row(
+        source,
+        prefix,
+        opcode_map,
+        int(opcode, 16),
+        plus if plus == "r" else "",
+        modrm,
+        ext,
+        mod,
+        rm,
+        w,
+        columns[1],
+        operands,
+        values.get("fn", "host" if "host" in attributes else columns[1].lower()),
+        forms,
+        frozenset(attributes),
+        values,
+    )
     if plus == "cc":
         for cc, name in enumerate(CONDITIONS):
-            yield replace(row, opcode=row.opcode + cc, condition=cc, mnemonic=re.sub("cc$", name.upper(), row.mnemonic),
-                          fn=f"{row.fn}_{name}", values=row.values | {"use": CONDITION_FLAGS[cc // 2]})
+            yield replace(
+                row,
+                opcode=row.opcode + cc,
+                condition=cc,
+                mnemonic=re.sub("cc$", name.upper(), row.mnemonic),
+                fn=f"{row.fn}_{name}",
+                values=row.values | {"use": CONDITION_FLAGS[cc // 2]},
+            )
     else:
         yield row
 
@@ -260,6 +353,7 @@ def load() -> tuple[Row, ...]:
 
 
 # ---- C tables ----
+
 
 def handlers(row: Row) -> dict[tuple[str, int], str]:
     """(form, log2 of operand bytes) -> C function. Forms: r m f l n(f)."""
@@ -302,7 +396,12 @@ def _flag_words(row: Row, attribute: str) -> int:
 
 def _host_row(row: Row) -> str:
     """struct host_row of host.h."""
-    classes = dict.fromkeys("PQN", "MMX") | dict.fromkeys("VWU", "XMM") | dict.fromkeys("GER", "GPR") | {"M": "NONE"}
+    classes = (
+        dict.fromkeys("PQN", "MMX")
+        | dict.fromkeys("VWU", "XMM")
+        | dict.fromkeys("GER", "GPR")
+        | {"M": "NONE"}
+    )
     accesses = {"r": "HOST_R", "w": "HOST_W", "rw": "HOST_R | HOST_W"}
     places = {"reg": ("HOST_NONE", "0"), "rm": ("HOST_NONE", "0")}
     size, bits = 0, ["HOSTF_MODRM"] if row.modrm else []
@@ -322,18 +421,32 @@ def _host_row(row: Row) -> str:
     kinds = {operand.kind for operand in row.operands}
     sse = kinds & {"V", "W", "U"} or row.opcode == 0xAE
     gate = "X87" if x87 else "WAIT" if row.map == 0 else "SSE" if sse else "MMX"
-    conditions = {"HOSTF_IMM": row.immediate() is not None, "HOSTF_UNALIGNED": "unaligned" in row.words,
-                  "HOSTF_X87": "x87" in row.words and "nowait" not in row.words, "HOSTF_FLAGS": "mod" in row.values,
-                  "HOSTF_POINTERS": x87 and "control" not in row.words, "HOSTF_CONDITION": "use" in row.values}
+    conditions = {
+        "HOSTF_IMM": row.immediate() is not None,
+        "HOSTF_UNALIGNED": "unaligned" in row.words,
+        "HOSTF_X87": "x87" in row.words and "nowait" not in row.words,
+        "HOSTF_FLAGS": "mod" in row.values,
+        "HOSTF_POINTERS": x87 and "control" not in row.words,
+        "HOSTF_CONDITION": "use" in row.values,
+    }
     bits = sorted(set(bits)) + [name for name, holds in conditions.items() if holds]
     prefix, opcode = row.prefix, row.opcode
     if "as" in row.values:
         prefix, _, text = row.values["as"].partition(".")
         opcode = int(text, 16)
     opcode_map = 1 if "as" in row.values else row.map
-    fields = (0 if prefix in ("", "np") else int(prefix, 16), opcode_map, opcode, 0xFF if row.ext is None else row.ext,
-              0xFF if row.rm is None else row.rm, *places["reg"], *places["rm"], size, f"GATE_{gate}",
-              " | ".join(bits) or "0")
+    fields = (
+        0 if prefix in ("", "np") else int(prefix, 16),
+        opcode_map,
+        opcode,
+        0xFF if row.ext is None else row.ext,
+        0xFF if row.rm is None else row.rm,
+        *places["reg"],
+        *places["rm"],
+        size,
+        f"GATE_{gate}",
+        " | ".join(bits) or "0",
+    )
     return f"  {{{', '.join(map(str, fields))}}}, /* {row.key} */"
 
 
@@ -370,19 +483,32 @@ def generate() -> str:
             bits.append("OPF_BYTE")
         if {o.kind for o in row.operands} & {"C", "D"}:
             bits.append("OPF_MOD3")
-        mod = "OPM_MEM" if row.forms() == ("m",) else "OPM_REG" if row.modrm and row.forms() == ("r",) else "OPM_ANY"
-        aux = (row.condition if row.condition is not None else host.index(row) if "host" in row.words
-               else int(row.values.get("aux", "0"), 0))
+        mod = (
+            "OPM_MEM"
+            if row.forms() == ("m",)
+            else "OPM_REG"
+            if row.modrm and row.forms() == ("r",)
+            else "OPM_ANY"
+        )
+        aux = (
+            row.condition
+            if row.condition is not None
+            else host.index(row)
+            if "host" in row.words
+            else int(row.values.get("aux", "0"), 0)
+        )
         second = IMMEDIATES[immediates[1]] if len(immediates) > 1 else "IMM_NONE"
         body.append(
-            f"  {{{handler_set}, {aux}, {' | '.join(bits) or '0'}, {_flag_words(row, 'mod') | _flag_words(row, 'undef'):#x}, "
-            f"{_flag_words(row, 'use'):#x}, OPP_{(row.prefix or 'any').upper()}, "
+            f"  {{{handler_set}, {aux}, {' | '.join(bits) or '0'}, "
+            f"{_flag_words(row, 'mod') | _flag_words(row, 'undef'):#x}, {_flag_words(row, 'use'):#x}, OPP_{(row.prefix or 'any').upper()}, "
             f"{0xFF if row.ext is None else row.ext}, {mod}, {0xFF if row.rm is None else row.rm}, "
-            f"{2 if row.w is None else row.w}, {IMMEDIATES[immediates[0]] if immediates else 'IMM_NONE'}, {second}}}, "
-            f"/* {row.key} */")
+            f"{2 if row.w is None else row.w}, {IMMEDIATES[immediates[0]] if immediates else 'IMM_NONE'}, "
+            f"{second}}}, "
+            f"/* {row.key} */"
+        )
     out.append("const uop_fn ophandlers[][5][4] = {")
     for key in sets:
-        out.append("  {" + ", ".join("{" + ", ".join(key[f * 4:f * 4 + 4]) + "}" for f in range(5)) + "},")
+        out.append("  {" + ", ".join("{" + ", ".join(key[f * 4 : f * 4 + 4]) + "}" for f in range(5)) + "},")
     out += ["};", "const struct oprow oprows[] = {", *body, "};", "const struct opindex opindex[4][256] = {"]
     for opcode_map in index:
         out.append("  {" + ", ".join(f"{{{first}, {count}}}" for first, count in opcode_map) + "},")

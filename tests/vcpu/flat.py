@@ -1,7 +1,7 @@
-"""A bare 64-bit machine for programs that need no devices: code in, registers in, run until HLT, registers out.
+"""A bare 64-bit machine for programs without devices: code in, registers in, run until HLT, registers out.
 
-Identity-mapped by 2 MiB pages at CPL 0; interrupts off. For the engine's own tests, the differential tests and for
-measuring. C programs: compile() makes a freestanding binary whose `long entry(long a, long b)` is called.
+Its memory is identity-mapped by 2 MiB pages, CPL 0; interrupts off. For the engine's own tests, the differential
+tests and for measuring. compile_c() makes a freestanding binary whose `long entry(long a, long b)` is called.
 """
 
 from __future__ import annotations
@@ -23,9 +23,20 @@ STACK = 0x80000
 CODE = 0x100000
 UNLIMITED = 1 << 40
 
-CFLAGS = ["-O2", "-ffreestanding", "-nostdlib", "-static", "-fno-pic", "-fno-pie", "-fno-stack-protector", "-fcf-protection=none",
-          "-fno-asynchronous-unwind-tables", "-mno-red-zone"]
-LINKER_SCRIPT = f"""SECTIONS {{ . = {CODE:#x}; .text : {{ *(.start) *(.text*) }} .rodata : {{ *(.rodata*) }} .data : {{ *(.data*) }}
+CFLAGS = [
+    "-O2",
+    "-ffreestanding",
+    "-nostdlib",
+    "-static",
+    "-fno-pic",
+    "-fno-pie",
+    "-fno-stack-protector",
+    "-fcf-protection=none",
+    "-fno-asynchronous-unwind-tables",
+    "-mno-red-zone",
+]
+LINKER_SCRIPT = f"""SECTIONS {{ . = {CODE:#x}; .text : {{ *(.start) *(.text*) }} .rodata : {{ *(.rodata*) }}
+ .data : {{ *(.data*) }}
  .bss : {{ *(.bss*) *(COMMON) BYTE(0) }} /DISCARD/ : {{ *(.note*) *(.comment*) *(.eh_frame*) }} }}"""
 START = '__asm__(".section .start,\\"ax\\"\\n call entry\\n hlt\\n .text\\n");\n'
 
@@ -40,8 +51,19 @@ def compile_c(source: str, *flags: str) -> bytes:
             base = Path(folder)
             (base / "a.c").write_text(START + source)
             (base / "a.ld").write_text(LINKER_SCRIPT)
-            subprocess.run(["gcc", *CFLAGS, *flags, "-Wl,-T,a.ld,--build-id=none,--no-warn-rwx-segments", "a.c", "-o", "a.elf"],
-                           cwd=base, check=True)
+            subprocess.run(
+                [
+                    "gcc",
+                    *CFLAGS,
+                    *flags,
+                    "-Wl,-T,a.ld,--build-id=none,--no-warn-rwx-segments",
+                    "a.c",
+                    "-o",
+                    "a.elf",
+                ],
+                cwd=base,
+                check=True,
+            )
             subprocess.run(["objcopy", "-O", "binary", "a.elf", "a.bin"], cwd=base, check=True)
             _compiled[key] = (base / "a.bin").read_bytes()
     return _compiled[key]
@@ -64,8 +86,9 @@ class Flat:
     def clear(self) -> None:
         """Empty memory with page tables in it, and reset()."""
         self.write(0, bytes(self.segment.ram_size))
-        entries = [PAGE_TABLES + 0x1000 | 7, *[0] * 511, PAGE_TABLES + 0x2000 | 7, *[0] * 511, *(i << 21 | 0x87 for i in range(512))]
-        self.write(PAGE_TABLES, struct.pack("<1536Q", *entries))
+        pages = [i << 21 | 0x87 for i in range(self.segment.ram_size >> 21)]
+        entries = [PAGE_TABLES + 0x1000 | 7, *[0] * 511, PAGE_TABLES + 0x2000 | 7, *[0] * 511, *pages]
+        self.write(PAGE_TABLES, struct.pack(f"<{len(entries)}Q", *entries))
         self.reset()
 
     def close(self) -> None:
@@ -105,7 +128,7 @@ class Flat:
         return int(self.arch.gpr[REGISTERS[name]] if name in REGISTERS else getattr(self.arch, name))
 
     def run(self, code: bytes = b"", budget: int = UNLIMITED, at: int = CODE, **registers: int) -> int:
-        """Loads code, if any, sets registers, runs from `at` until HLT or the budget's end; returns the exit (EXIT_DEBUG: HLT)."""
+        """Loads code, if any, and runs from `at` until HLT or the budget's end; returns the exit (EXIT_DEBUG: HLT)."""
         if code:
             self.write(at, code)
         self.set(rip=at, **registers)

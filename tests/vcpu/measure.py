@@ -1,4 +1,4 @@
-"""How fast the engine is: `python -m tests.vcpu.measure` prints millions of guest instructions a second by kind of loop."""
+"""`python -m tests.vcpu.measure` prints millions of guest instructions a second by kind of loop."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def main() -> None:
             machine.run(code, rdi=which, rsi=rounds)
             seconds = time.perf_counter() - start
             best = max(best, (machine.instructions - before) / seconds / 1e6)
-        print(f"{name:8} {best:7.1f} MIPS   {machine.instructions - before:>12} instructions, result {machine.get('rax'):#x}")
+        print(
+            f"{name:8} {best:7.1f} MIPS   {machine.instructions - before:>12} instructions, "
+            f"result {machine.get('rax'):#x}"
+        )
 
 
 if __name__ == "__main__":
