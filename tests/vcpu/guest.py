@@ -1,4 +1,4 @@
-"""One vCPU in this process with a bare guest: memory laid out and mode set from Python, a snippet of guest code run.
+"""One vCPU in this process with a bare guest: memory and mode set from Python, a snippet of code run.
 
 Every exception and interrupt has a handler of its own that is an endless jump, so a test sees at
 rip which vector was taken, and on the stack what was pushed. Numbers in tests come from the SDM.
@@ -25,7 +25,16 @@ from coordinator.contract.segment import Segment
 from vcpu._core import ffi, lib
 
 GDT, IDT, TSS, TSS16, TSS2, HANDLERS, CODE, DATA, SCRATCH = (
-    0x1000, 0x2000, 0x3000, 0x3800, 0x3C00, 0x4000, 0x8000, 0xA000, 0xC000)
+    0x1000,
+    0x2000,
+    0x3000,
+    0x3800,
+    0x3C00,
+    0x4000,
+    0x8000,
+    0xA000,
+    0xC000,
+)
 STACK0, STACK_IST, STACK3, TABLES = 0x20000, 0x28000, 0x30000, 0x40000
 RAM = 4 << 20
 
@@ -37,28 +46,67 @@ TSS_SELECTOR, LDT_SELECTOR, FREE = 0x48, 0x58, 0x68  # FREE: the first of eight 
 # CR0, CR4, EFER, RFLAGS
 PE, ET, NE, WP, AM, PG = 1, 0x10, 0x20, 1 << 16, 1 << 18, 1 << 31
 DE, PSE, PAE, PGE, OSFXSR, FSGSBASE, PCIDE, SMEP, SMAP = (
-    8, 0x10, 0x20, 0x80, 0x200, 1 << 16, 1 << 17, 1 << 20, 1 << 21)
+    8,
+    0x10,
+    0x20,
+    0x80,
+    0x200,
+    1 << 16,
+    1 << 17,
+    1 << 20,
+    1 << 21,
+)
 SCE, LME, LMA, NXE = 1, 0x100, 0x400, 0x800
 CF, ZF, TF, IF, OF, NT, RF, VM, AC = 1, 0x40, 0x100, 0x200, 0x800, 0x4000, 0x10000, 0x20000, 0x40000
 IOPL3 = 0x3000
 
 SEGMENTS = {name: i for i, name in enumerate(("es", "cs", "ss", "ds", "fs", "gs"))}
-REGISTERS = {name: i for i, name in enumerate(
-    ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{i}" for i in range(8, 16))))}
+REGISTERS = {
+    name: i
+    for i, name in enumerate(
+        ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{i}" for i in range(8, 16)))
+    )
+}
 DE_, DB, NMI, BP, OVERFLOW, BR, UD, NM, DF, TS, NP, SS_, GP, PF, MF, AC_ = (
-    0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 14, 16, 17)
+    0,
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+    7,
+    8,
+    10,
+    11,
+    12,
+    13,
+    14,
+    16,
+    17,
+)
 
 
 def descriptor(base: int, limit: int, attr: int) -> int:
     """attr: bits 40-55 of a descriptor, as `struct seg_reg` has it; limit in units of the granularity."""
-    return (limit & 0xFFFF | (base & 0xFFFFFF) << 16 | (attr & 0xF0FF) << 40 | (limit >> 16 & 0xF) << 48
-            | (base >> 24 & 0xFF) << 56)
+    return (
+        limit & 0xFFFF
+        | (base & 0xFFFFFF) << 16
+        | (attr & 0xF0FF) << 40
+        | (limit >> 16 & 0xF) << 48
+        | (base >> 24 & 0xFF) << 56
+    )
 
 
 def gate(selector: int, offset: int, kind: int, dpl: int = 0, present: bool = True, extra: int = 0) -> int:
     """A 32-bit gate, or the lower half of a long mode one; extra: IST or parameter count."""
-    return (offset & 0xFFFF | selector << 16 | extra << 32 | (kind | dpl << 5 | present << 7) << 40
-            | (offset >> 16 & 0xFFFF) << 48)
+    return (
+        offset & 0xFFFF
+        | selector << 16
+        | extra << 32
+        | (kind | dpl << 5 | present << 7) << 40
+        | (offset >> 16 & 0xFFFF) << 48
+    )
 
 
 @dataclass(frozen=True)
@@ -82,11 +130,27 @@ def assemble(source: str, origin: int = CODE, bits: int = 64) -> tuple[bytes, di
         base = Path(folder)
         (base / "a.s").write_text(f".intel_syntax noprefix\n.code{bits}\n{source}\n")
         subprocess.run(["as", "--64", "-o", "a.o", "a.s"], cwd=base, check=True)
-        subprocess.run(["ld", "-m", "elf_x86_64", f"-Ttext={origin:#x}", "-e", f"{origin:#x}", "--no-warn-rwx-segments",
-                        "-o", "a.elf", "a.o"], cwd=base, check=True)
+        subprocess.run(
+            [
+                "ld",
+                "-m",
+                "elf_x86_64",
+                f"-Ttext={origin:#x}",
+                "-e",
+                f"{origin:#x}",
+                "--no-warn-rwx-segments",
+                "-o",
+                "a.elf",
+                "a.o",
+            ],
+            cwd=base,
+            check=True,
+        )
         subprocess.run(["objcopy", "-O", "binary", "-j", ".text", "a.elf", "a.bin"], cwd=base, check=True)
         names = subprocess.run(["nm", "a.elf"], cwd=base, check=True, capture_output=True, text=True).stdout
-        labels = {line.split()[2]: int(line.split()[0], 16) for line in names.splitlines() if len(line.split()) == 3}
+        labels = {
+            line.split()[2]: int(line.split()[0], 16) for line in names.splitlines() if len(line.split()) == 3
+        }
         return (base / "a.bin").read_bytes(), labels
 
 
@@ -143,10 +207,14 @@ class Guest:
     def _tables(self) -> None:
         flat, limit = 0xC000, 0xFFFFF
         for selector, value in (
-            (CODE32, descriptor(0, limit, flat | 0x9B)), (DATA32, descriptor(0, limit, flat | 0x93)),
-            (CODE64, descriptor(0, limit, 0xA09B)), (CODE16, descriptor(0, 0xFFFF, 0x9B)),
-            (DATA16, descriptor(0, 0xFFFF, 0x93)), (USER_CODE32, descriptor(0, limit, flat | 0xFB)),
-            (USER_DATA, descriptor(0, limit, flat | 0xF3)), (USER_CODE64, descriptor(0, limit, 0xA0FB)),
+            (CODE32, descriptor(0, limit, flat | 0x9B)),
+            (DATA32, descriptor(0, limit, flat | 0x93)),
+            (CODE64, descriptor(0, limit, 0xA09B)),
+            (CODE16, descriptor(0, 0xFFFF, 0x9B)),
+            (DATA16, descriptor(0, 0xFFFF, 0x93)),
+            (USER_CODE32, descriptor(0, limit, flat | 0xFB)),
+            (USER_DATA, descriptor(0, limit, flat | 0xF3)),
+            (USER_CODE64, descriptor(0, limit, 0xA0FB)),
         ):
             self.set_descriptor(selector, value)
         self.set_descriptor(TSS_SELECTOR, descriptor(TSS, 0x7FF, 0x8B), 0)
@@ -169,7 +237,7 @@ class Guest:
         self._page_tables()
 
     def _page_tables(self) -> None:
-        """Identity map of 2 MiB with 4 KiB pages, all rights; large pages for the rest of RAM are the tests' own."""
+        """Identity map of 2 MiB with 4 KiB pages, all rights; anything above is the tests' own."""
         leaf, upper = TABLES + 0x4000, 7
         width = 4 if self.mode == "legacy" else 8
         for i in range(512):
@@ -288,4 +356,6 @@ class Guest:
         """The eight topmost items of the stack."""
         size = size or (8 if self.long else 2 if self.mode == "real" else 4)
         at = self.rsp + self.arch.seg[SEGMENTS["ss"]].base * (not self.long)
-        return list(struct.unpack(f"<8{ {2: 'H', 4: 'I', 8: 'Q'}[size]}", self.segment.dma_read(at, 8 * size)))
+        return list(
+            struct.unpack(f"<8{ {2: 'H', 4: 'I', 8: 'Q'}[size] }", self.segment.dma_read(at, 8 * size))
+        )

@@ -5,9 +5,44 @@ from collections.abc import Callable
 import pytest
 
 from tests.vcpu.guest import (
-    AC, BP, CODE, CODE32, CODE64, DATA, DATA32, DB, DE_, DF, FREE, GDT, GP, HANDLERS, IDT, IF, IOPL3, NM, NP, NT, OF,
-    OVERFLOW, PF, RF, SCRATCH, SS_, STACK0, STACK3, STACK_IST, TF, TS, TSS, UD, USER_CODE32, USER_CODE64, USER_DATA,
-    Guest, descriptor,
+    AC,
+    BP,
+    CODE,
+    CODE32,
+    CODE64,
+    DATA,
+    DATA32,
+    DB,
+    DE_,
+    DF,
+    FREE,
+    GDT,
+    GP,
+    HANDLERS,
+    IDT,
+    IF,
+    IOPL3,
+    NM,
+    NP,
+    NT,
+    OF,
+    OVERFLOW,
+    PF,
+    RF,
+    SCRATCH,
+    SS_,
+    STACK0,
+    STACK3,
+    STACK_IST,
+    TF,
+    TS,
+    TSS,
+    UD,
+    USER_CODE32,
+    USER_CODE64,
+    USER_DATA,
+    Guest,
+    descriptor,
 )
 
 Make = Callable[..., Guest]
@@ -17,11 +52,18 @@ ALL = ("real", "protected", "legacy", "pae", "long", "compat")
 
 @pytest.mark.parametrize("mode", ALL)
 @pytest.mark.parametrize("cpl", [0, 3])
-@pytest.mark.parametrize(("code", "vector", "back"), [
-    ("int3", BP, 1), ("int 0x80", 0x80, 2), (".byte 0xf1", DB, 1), ("ud2", UD, 0), ("xor ecx, ecx\n div ecx", DE_, None),
-])
+@pytest.mark.parametrize(
+    ("code", "vector", "back"),
+    [
+        ("int3", BP, 1),
+        ("int 0x80", 0x80, 2),
+        (".byte 0xf1", DB, 1),
+        ("ud2", UD, 0),
+        ("xor ecx, ecx\n div ecx", DE_, None),
+    ],
+)
 def test_frame(make_guest: Make, mode: str, cpl: int, code: str, vector: int, back: int | None) -> None:
-    """What is pushed: return address behind a trap and at a fault (RF then), CS, flags; SS:SP on a change of stack."""
+    """The address behind a trap or of a fault (RF then), CS, flags; SS:SP on a change of stack."""
     if mode == "real" and cpl:
         pytest.skip("real mode has no CPL")
     guest = make_guest(mode, cpl)
@@ -37,7 +79,7 @@ def test_frame(make_guest: Make, mode: str, cpl: int, code: str, vector: int, ba
     if cpl or mode in ("long", "compat"):
         assert (sp, ss) == (before[0], before[1])
     assert guest.cpl == 0
-    assert not guest.rflags & (IF | TF | RF | NT)                # interrupt gates and real mode clear IF
+    assert not guest.rflags & (IF | TF | RF | NT)  # interrupt gates and real mode clear IF
     if cpl and mode in ("long", "compat"):
         assert guest.ss == 0
     if mode in ("long", "compat"):
@@ -59,12 +101,18 @@ def test_16_bit_gates(make_guest: Make) -> None:
     assert guest.vector == 0x80 and guest.stack(2)[:3] == [CODE + 2, CODE32, 0x0002]
 
 
-@pytest.mark.parametrize(("mode", "vector", "setup", "fault", "error"), [
-    ("legacy", 0x80, {"dpl": 0}, GP, 0x80 * 8 + 2), ("long", 0x80, {"dpl": 0}, GP, 0x80 * 8 + 2),
-    ("legacy", 0x80, {"dpl": 3, "present": False}, NP, 0x80 * 8 + 2), ("long", 0x80, {"dpl": 3, "present": False}, NP, 0x402),
-])
-def test_a_software_interrupt_checks_the_gate(make_guest: Make, mode: str, vector: int, setup: dict[str, int], fault: int,
-                                              error: int) -> None:
+@pytest.mark.parametrize(
+    ("mode", "vector", "setup", "fault", "error"),
+    [
+        ("legacy", 0x80, {"dpl": 0}, GP, 0x80 * 8 + 2),
+        ("long", 0x80, {"dpl": 0}, GP, 0x80 * 8 + 2),
+        ("legacy", 0x80, {"dpl": 3, "present": False}, NP, 0x80 * 8 + 2),
+        ("long", 0x80, {"dpl": 3, "present": False}, NP, 0x402),
+    ],
+)
+def test_a_software_interrupt_checks_the_gate(
+    make_guest: Make, mode: str, vector: int, setup: dict[str, int], fault: int, error: int
+) -> None:
     guest = make_guest(mode, 3)
     guest.set_gate(vector, CODE64 if mode == "long" else CODE32, HANDLERS, 0xE, **setup)
     guest.run(f"nop\n int {vector}")
@@ -82,8 +130,16 @@ def test_an_exception_does_not_check_the_gates_dpl_and_says_ext(make_guest: Make
     assert guest.vector == NP and guest.stack()[0] == UD * 8 + 3
 
 
-@pytest.mark.parametrize(("selector", "fault", "error"), [
-    (0, GP, 0), (FREE, GP, FREE), (FREE + 8, NP, FREE + 8), (FREE + 16, GP, FREE + 16), (DATA32, GP, DATA32)])
+@pytest.mark.parametrize(
+    ("selector", "fault", "error"),
+    [
+        (0, GP, 0),
+        (FREE, GP, FREE),
+        (FREE + 8, NP, FREE + 8),
+        (FREE + 16, GP, FREE + 16),
+        (DATA32, GP, DATA32),
+    ],
+)
 def test_code_segment_of_a_gate(make_guest: Make, selector: int, fault: int, error: int) -> None:
     guest = make_guest("legacy")
     guest.set_descriptor(FREE + 8, descriptor(0, 0xFFFFF, 0xC01B))
@@ -94,7 +150,11 @@ def test_code_segment_of_a_gate(make_guest: Make, selector: int, fault: int, err
 
 
 def test_idt_limit(make_guest: Make) -> None:
-    for mode, limit, error in (("legacy", 0x80 * 8 + 6, 0x402), ("long", 0x80 * 16 + 14, 0x402), ("real", 0x80 * 4 + 2, None)):
+    for mode, limit, error in (
+        ("legacy", 0x80 * 8 + 6, 0x402),
+        ("long", 0x80 * 16 + 14, 0x402),
+        ("real", 0x80 * 4 + 2, None),
+    ):
         guest = make_guest(mode)
         guest.arch.idtr.limit = limit
         guest.run("int 0x80")
@@ -123,17 +183,23 @@ def test_into_and_bound(make_guest: Make) -> None:
     assert guest.done
     guest = make_guest("legacy")
     guest.put(DATA, 5 | 10 << 32)
-    guest.run(f"mov eax, 5\n bound eax, [{DATA}]\n mov eax, 10\n bound eax, [{DATA}]\n mov eax, 11\n bound eax, [{DATA}]")
+    guest.run(
+        f"mov eax, 5\n bound eax, [{DATA}]\n mov eax, 10\n bound eax, [{DATA}]\n"
+        f"mov eax, 11\n bound eax, [{DATA}]"
+    )
     assert guest.vector == 5
 
 
 # ---- inner stacks ----
 
-@pytest.mark.parametrize(("ss", "fault", "error"), [
-    (0, TS, 1), (USER_DATA, TS, (USER_DATA & ~3) | 1), (FREE, TS, FREE | 1), (FREE + 8, SS_, FREE + 9)])
+
+@pytest.mark.parametrize(
+    ("ss", "fault", "error"),
+    [(0, TS, 1), (USER_DATA, TS, (USER_DATA & ~3) | 1), (FREE, TS, FREE | 1), (FREE + 8, SS_, FREE + 9)],
+)
 def test_inner_stack_of_the_tss(make_guest: Make, ss: int, fault: int, error: int) -> None:
-    """SDM vol. 2, INT: #TS names the stack segment, #SS when it is not present. The nested fault finds the same TSS:
-    so its gate is a conforming segment of the same level that needs no inner stack."""
+    """SDM vol. 2, INT: #TS names the stack segment, #SS when it is not present. The nested fault finds the
+    same TSS: so its gate is a conforming segment of the same level that needs no inner stack."""
     guest = make_guest("legacy", 3)
     guest.set_descriptor(FREE, descriptor(0, 0xFFFFF, 0xC091))
     guest.set_descriptor(FREE + 8, descriptor(0, 0xFFFFF, 0xC013))
@@ -147,6 +213,7 @@ def test_inner_stack_of_the_tss(make_guest: Make, ss: int, fault: int, error: in
 
 # ---- double and triple fault: table 6-5 ----
 
+
 def test_contributory_then_contributory_is_a_double_fault(make_guest: Make) -> None:
     for mode in ("legacy", "long"):
         guest = make_guest(mode)
@@ -159,7 +226,7 @@ def test_page_fault_in_a_page_faults_delivery_is_a_double_fault(make_guest: Make
     guest = make_guest("long")
     guest.set_gate(DF, CODE64, HANDLERS + DF * 16, 0xE, extra=1)
     guest.set_pte(STACK0 - 0x1000, 0)
-    guest.run(f"push rax")
+    guest.run("push rax")
     assert guest.vector == DF and guest.rsp == STACK_IST - 48
     assert guest.stack()[:2] == [0, CODE]
     assert guest.cr2 >> 12 == (STACK0 - 0x1000) >> 12
@@ -183,10 +250,11 @@ def test_triple_fault(make_guest: Make, mode: str) -> None:
     guest = make_guest(mode)
     guest.arch.idtr.limit = 0
     exit_reason = guest.run("ud2")
-    assert exit_reason == 4 and guest.activity == SHUTDOWN       # EXIT_SHUTDOWN
+    assert exit_reason == 4 and guest.activity == SHUTDOWN  # EXIT_SHUTDOWN
 
 
 # ---- IRET ----
+
 
 def test_iret_to_each_level(make_guest: Make) -> None:
     for mode, code in (("legacy", USER_CODE32), ("long", USER_CODE64), ("long", USER_CODE32)):
@@ -198,19 +266,28 @@ def test_iret_to_each_level(make_guest: Make) -> None:
         assert (guest.rip, guest.cs, guest.cpl, guest.ss, guest.rsp) == (DATA, code, 3, USER_DATA, STACK3)
         assert guest.rflags == 0x3202
         for name in ("ds", "es", "fs", "gs"):
-            assert getattr(guest, name) == 0                      # DPL 0 data is not for CPL 3
+            assert getattr(guest, name) == 0  # DPL 0 data is not for CPL 3
 
 
 def test_iret_keeps_if_and_iopl_from_ring_3(make_guest: Make) -> None:
     guest = make_guest("long", 3)
     guest.set(rflags=2)
-    guest.run(f"mov rax, rsp\n push {USER_DATA}\n push rax\n push {0x3202 | AC}\n push {USER_CODE64}\n"
-              "lea rax, end_of_code[rip]\n push rax\n iretq")
+    guest.run(
+        f"mov rax, rsp\n push {USER_DATA}\n push rax\n push {0x3202 | AC}\n push {USER_CODE64}\n"
+        "lea rax, end_of_code[rip]\n push rax\n iretq"
+    )
     assert guest.done and guest.rflags == 2 | AC
 
 
-@pytest.mark.parametrize(("cs", "ss", "error"), [
-    (0, USER_DATA, 0), (DATA32, USER_DATA, DATA32), (USER_CODE32, DATA32, DATA32), (USER_CODE32 & ~3, USER_DATA, USER_CODE32 & ~3)])
+@pytest.mark.parametrize(
+    ("cs", "ss", "error"),
+    [
+        (0, USER_DATA, 0),
+        (DATA32, USER_DATA, DATA32),
+        (USER_CODE32, DATA32, DATA32),
+        (USER_CODE32 & ~3, USER_DATA, USER_CODE32 & ~3),
+    ],
+)
 def test_iret_checks(make_guest: Make, cs: int, ss: int, error: int) -> None:
     guest = make_guest("legacy")
     guest.run(f"push {ss}\n push {STACK3}\n push 2\n push {cs}\n push {DATA}\n iret")
@@ -226,7 +303,10 @@ def test_iret_in_long_mode_with_nt_is_gp(make_guest: Make) -> None:
 
 def test_iret_within_ring_0_of_long_mode_takes_a_null_stack_segment(make_guest: Make) -> None:
     guest = make_guest("long")
-    guest.run(f"push 0\n push {STACK0 - 0x100}\n push 2\n push {CODE64}\n lea rax, end_of_code[rip]\n push rax\n iretq")
+    guest.run(
+        f"push 0\n push {STACK0 - 0x100}\n push 2\n push {CODE64}\n"
+        "lea rax, end_of_code[rip]\n push rax\n iretq"
+    )
     assert guest.done and (guest.ss, guest.rsp) == (0, STACK0 - 0x100)
 
 
@@ -241,7 +321,7 @@ def test_nmi_is_held_until_iret(make_guest: Make) -> None:
     guest = make_guest("legacy")
     guest.run("nop")
     guest.block.posted_nmi = 1
-    guest.segment.attend(0, 2)                                     # ATTN_IRQ
+    guest.segment.attend(0, 2)  # ATTN_IRQ
     guest.resume()
     assert guest.vector == 2 and guest.arch.nmi_blocked == 1
     sp = guest.rsp
@@ -253,30 +333,47 @@ def test_nmi_is_held_until_iret(make_guest: Make) -> None:
 
 # ---- single step and breakpoints ----
 
+
 def test_single_step(make_guest: Make) -> None:
     for mode in ("real", "legacy", "long"):
         guest = make_guest(mode)
-        guest.run({"real": "pushf\n pop ax\n or ax, 0x100\n push ax\n popf\n nop\n nop",
-                   "legacy": "pushfd\n or dword ptr [esp], 0x100\n popfd\n nop\n nop",
-                   "long": "pushfq\n or dword ptr [rsp], 0x100\n popfq\n nop\n nop"}[mode])
-        assert guest.vector == DB and guest.dr(6) == 0xFFFF4FF0    # BS
+        guest.run(
+            {
+                "real": "pushf\n pop ax\n or ax, 0x100\n push ax\n popf\n nop\n nop",
+                "legacy": "pushfd\n or dword ptr [esp], 0x100\n popfd\n nop\n nop",
+                "long": "pushfq\n or dword ptr [rsp], 0x100\n popfq\n nop\n nop",
+            }[mode]
+        )
+        assert guest.vector == DB and guest.dr(6) == 0xFFFF4FF0  # BS
         popf = guest.labels["end_of_code"] - 2
-        assert guest.stack()[0] == popf + 1                        # the instruction behind POPF has run
+        assert guest.stack()[0] == popf + 1  # the instruction behind POPF has run
         assert guest.stack()[2] & TF and not guest.rflags & TF
 
 
 def test_mov_ss_delays_the_single_step_trap(make_guest: Make) -> None:
     guest = make_guest("legacy")
-    guest.run(f"mov eax, {DATA32}\n pushfd\n or dword ptr [esp], 0x100\n popfd\n mov ss, eax\nshadow: inc ecx\nbehind: nop")
+    guest.run(
+        f"mov eax, {DATA32}\n pushfd\n or dword ptr [esp], 0x100\n popfd\n mov ss, eax\n"
+        "shadow: inc ecx\nbehind: nop"
+    )
     assert guest.vector == DB and guest.stack()[0] == guest.labels["behind"] and guest.rcx == 1
 
 
-@pytest.mark.parametrize(("rw", "length", "at", "code", "hit"), [
-    (1, 0, 0, "mov byte ptr [{0}], 1", True), (1, 0, 0, "mov al, [{0}]", False), (3, 0, 0, "mov al, [{0}]", True),
-    (1, 0, 1, "mov dword ptr [{0}], 1", True), (1, 0, 4, "mov dword ptr [{0}], 1", False),
-    (1, 3, 0, "mov byte ptr [{0} + 3], 1", True), (1, 1, 0, "mov byte ptr [{0} + 2], 1", False),
-    (1, 2, 0, "mov byte ptr [{0} + 7], 1", True), (3, 3, 0, "add dword ptr [{0}], 1", True), (3, 0, 0, "push [{0}]", True),
-])
+@pytest.mark.parametrize(
+    ("rw", "length", "at", "code", "hit"),
+    [
+        (1, 0, 0, "mov byte ptr [{0}], 1", True),
+        (1, 0, 0, "mov al, [{0}]", False),
+        (3, 0, 0, "mov al, [{0}]", True),
+        (1, 0, 1, "mov dword ptr [{0}], 1", True),
+        (1, 0, 4, "mov dword ptr [{0}], 1", False),
+        (1, 3, 0, "mov byte ptr [{0} + 3], 1", True),
+        (1, 1, 0, "mov byte ptr [{0} + 2], 1", False),
+        (1, 2, 0, "mov byte ptr [{0} + 7], 1", True),
+        (3, 3, 0, "add dword ptr [{0}], 1", True),
+        (3, 0, 0, "push [{0}]", True),
+    ],
+)
 def test_data_breakpoint(make_guest: Make, rw: int, length: int, at: int, code: str, hit: bool) -> None:
     """A trap: the access has been made. LEN 0, 1, 2, 3 = 1, 2, 8, 4 bytes (section 17.2.4)."""
     guest = make_guest("long")
@@ -292,7 +389,9 @@ def test_data_breakpoint(make_guest: Make, rw: int, length: int, at: int, code: 
 def test_instruction_breakpoint_and_rf(make_guest: Make) -> None:
     """A fault before the instruction; IRET with RF in the image steps over it once."""
     guest = make_guest("long")
-    guest.write(HANDLERS + DB * 16, bytes.fromhex("ffc1814c2410000001 00 48cf".replace(" ", "")))  # inc ecx; or [rsp+16], RF; iretq
+    guest.write(
+        HANDLERS + DB * 16, bytes.fromhex("ffc1814c2410000001 00 48cf".replace(" ", ""))
+    )  # inc ecx; or [rsp+16], RF; iretq
     guest.set(dr0=CODE + 2, dr7=0x401)
     guest.run("nop\n nop\n inc edx\n inc edx\n inc edx")
     assert guest.done and (guest.rcx, guest.rdx) == (1, 3)
@@ -310,8 +409,11 @@ def test_general_detect(make_guest: Make) -> None:
 
 def test_moves_of_debug_registers(make_guest: Make) -> None:
     guest = make_guest("long")
-    guest.run("mov rax, -1\n mov dr3, rax\n mov eax, eax\n mov dr6, rax\n mov rbx, dr6\n mov ecx, 0\n mov dr7, rcx\n mov rdx, dr7\n"
-              "mov rsi, dr4")
+    guest.run(
+        "mov rax, -1\n mov dr3, rax\n mov eax, eax\n mov dr6, rax\n mov rbx, dr6\n"
+        "mov ecx, 0\n mov dr7, rcx\n mov rdx, dr7\n"
+        "mov rsi, dr4"
+    )
     assert guest.done
     assert (guest.rbx, guest.rdx, guest.rsi, guest.dr(3)) == (0xFFFFEFFF, 0x400, 0xFFFFEFFF, 2**64 - 1)
     guest = make_guest("long")
@@ -329,11 +431,15 @@ def test_sti_shadow_and_interrupt(make_guest: Make) -> None:
     guest.arch.apic.svr = 0x1FF
     guest.changed()
     guest.run("nop")
-    guest.block.posted_irr[1] = 1 << 0x10                          # vector 50h
+    guest.block.posted_irr[1] = 1 << 0x10  # vector 50h
     guest.segment.attend(0, 2)
     guest.set(rip=CODE)
     guest.run("nop\n sti\n inc ecx\nbehind: inc edx")
-    assert guest.vector == 0x50 and guest.stack()[0] == guest.labels["behind"] and (guest.rcx, guest.rdx) == (1, 0)
+    assert (
+        guest.vector == 0x50
+        and guest.stack()[0] == guest.labels["behind"]
+        and (guest.rcx, guest.rdx) == (1, 0)
+    )
 
 
 def test_a_fault_in_the_middle_of_a_rep_keeps_what_was_done(make_guest: Make) -> None:
@@ -345,8 +451,26 @@ def test_a_fault_in_the_middle_of_a_rep_keeps_what_was_done(make_guest: Make) ->
     assert guest.cr2 == SCRATCH and guest.stack()[1] == CODE + 1
 
 
-@pytest.mark.parametrize("code", ["hlt", "cli", "sti", "in al, 0x80", "out dx, al", "mov rax, cr0", "lgdt [0]", "wbinvd",
-                                  "rdmsr", "clts", "invlpg [0]", "mov rax, dr7", "swapgs", "xsetbv", "sysretq"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        "hlt",
+        "cli",
+        "sti",
+        "in al, 0x80",
+        "out dx, al",
+        "mov rax, cr0",
+        "lgdt [0]",
+        "wbinvd",
+        "rdmsr",
+        "clts",
+        "invlpg [0]",
+        "mov rax, dr7",
+        "swapgs",
+        "xsetbv",
+        "sysretq",
+    ],
+)
 def test_privileged_instructions(make_guest: Make, code: str) -> None:
     guest = make_guest("long", 3)
     guest.set(cr4=guest.cr4 | 1 << 18, efer=guest.efer | 1)
@@ -370,7 +494,7 @@ def test_io_permission_map(make_guest: Make) -> None:
 def test_handlers_see_lazy_flags(make_guest: Make) -> None:
     guest = make_guest("long")
     guest.run("mov eax, -1\n add eax, 1\n ud2")
-    assert guest.stack()[2] & 0xFF == 0x57                          # CF PF AF ZF and the fixed bit
+    assert guest.stack()[2] & 0xFF == 0x57  # CF PF AF ZF and the fixed bit
 
 
 def test_task_switched_flag_is_not_our_business_but_nm_is(make_guest: Make) -> None:
@@ -381,7 +505,7 @@ def test_task_switched_flag_is_not_our_business_but_nm_is(make_guest: Make) -> N
 
 
 def test_gdt_that_vanishes(make_guest: Make) -> None:
-    """The descriptor of the handler's segment is read at delivery: page fault there, then double fault, then shutdown."""
+    """The descriptor of the handler's segment is read at delivery: page fault, double fault, shutdown."""
     guest = make_guest("long")
     guest.set_pte(GDT, 0)
     assert guest.run("ud2") == 4

@@ -5,7 +5,26 @@ from collections.abc import Callable
 import pytest
 
 from tests.vcpu.guest import (
-    CODE, DATA, GP, NXE, PAE, PCIDE, PF, PG, PGE, PSE, SCRATCH, SMAP, SMEP, SS_, TABLES, WP, AC, AC_, AM, Guest,
+    AC,
+    AC_,
+    AM,
+    CODE,
+    DATA,
+    GP,
+    NXE,
+    PAE,
+    PCIDE,
+    PF,
+    PG,
+    PGE,
+    PSE,
+    SCRATCH,
+    SMAP,
+    SMEP,
+    SS_,
+    TABLES,
+    WP,
+    Guest,
 )
 
 Make = Callable[..., Guest]
@@ -29,13 +48,25 @@ def assert_fault(guest: Guest, error: int, address: int) -> None:
 
 
 @pytest.mark.parametrize("mode", PAGED)
-@pytest.mark.parametrize(("cpl", "entry", "access", "error"), [
-    (0, 0, read_at, 0), (0, 0, write_at, 2), (3, 0, read_at, 4), (3, 0, write_at, 6),
-    (0, P | U, write_at, 3), (3, P | U, write_at, 7), (3, P | W, read_at, 5), (3, P | W, write_at, 7),
-    (3, P | W | U, write_at, None), (0, P | W, write_at, None), (0, P, read_at, None),
-])
-def test_rights_of_a_page(make_guest: Make, mode: str, cpl: int, entry: int, access: Callable[[int], str],
-                          error: int | None) -> None:
+@pytest.mark.parametrize(
+    ("cpl", "entry", "access", "error"),
+    [
+        (0, 0, read_at, 0),
+        (0, 0, write_at, 2),
+        (3, 0, read_at, 4),
+        (3, 0, write_at, 6),
+        (0, P | U, write_at, 3),
+        (3, P | U, write_at, 7),
+        (3, P | W, read_at, 5),
+        (3, P | W, write_at, 7),
+        (3, P | W | U, write_at, None),
+        (0, P | W, write_at, None),
+        (0, P, read_at, None),
+    ],
+)
+def test_rights_of_a_page(
+    make_guest: Make, mode: str, cpl: int, entry: int, access: Callable[[int], str], error: int | None
+) -> None:
     guest = make_guest(mode, cpl)
     guest.set_pte(DATA, DATA | entry if entry else 0)
     guest.run(access(DATA + 0x123))
@@ -150,7 +181,7 @@ def test_smep(make_guest: Make, mode: str) -> None:
 @pytest.mark.parametrize("mode", PAGED)
 @pytest.mark.parametrize(("flag", "error"), [(0, 1), (AC, None)])
 def test_smap(make_guest: Make, mode: str, flag: int, error: int | None) -> None:
-    """Supervisor data accesses to user pages need RFLAGS.AC (section 4.6.1); descriptor tables are always refused."""
+    """Supervisor data accesses to user pages need RFLAGS.AC (section 4.6.1)."""
     guest = make_guest(mode)
     for page in (*range(0x1000, 0x9000, 0x1000), *range(0x18000, 0x21000, 0x1000)):
         guest.set_pte(page, page | P | W)
@@ -179,8 +210,11 @@ def test_large_pages(make_guest: Make, mode: str) -> None:
     guest = make_guest(mode)
     size = 22 if mode == "legacy" else 21
     index = 1
-    guest.put(guest.directory() + index * guest.entry_bytes, P | W | PS | (0x200000 if mode != "legacy" else 0),
-              guest.entry_bytes)
+    guest.put(
+        guest.directory() + index * guest.entry_bytes,
+        P | W | PS | (0x200000 if mode != "legacy" else 0),
+        guest.entry_bytes,
+    )
     linear = (index << size) + 0x5678
     guest.run(f"mov eax, [{linear:#x}]\n mov dword ptr [{linear:#x}], 0xabcd1234")
     assert guest.done
@@ -191,7 +225,7 @@ def test_large_pages(make_guest: Make, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", PAGED)
 def test_reserved_bits_of_large_pages(make_guest: Make, mode: str) -> None:
-    """Bits 20-13 of a 2 MiB entry; bit 21 of a 4 MiB entry where PSE-36 has 40 bits (tables 4-4, 4-9, 4-18)."""
+    """Bits 20-13 of a 2 MiB entry; bit 21 of a 4 MiB entry of 40 bits (tables 4-4, 4-9, 4-18)."""
     guest = make_guest(mode)
     bad = 1 << 21 if mode == "legacy" else 1 << 13
     guest.put(guest.directory() + guest.entry_bytes, P | W | PS | bad, guest.entry_bytes)
@@ -228,12 +262,18 @@ def test_ps_in_a_pdpte_or_pml4e_is_reserved(make_guest: Make) -> None:
 
 @pytest.mark.parametrize("mode", PAGED)
 def test_a_stale_translation_goes_with_invlpg_and_cr3(make_guest: Make, mode: str) -> None:
-    for flush in (f"invlpg [{DATA:#x}]", "mov rax, cr3\n mov cr3, rax" if mode == "long" else "mov eax, cr3\n mov cr3, eax"):
+    for flush in (
+        f"invlpg [{DATA:#x}]",
+        "mov rax, cr3\n mov cr3, rax" if mode == "long" else "mov eax, cr3\n mov cr3, eax",
+    ):
         guest = make_guest(mode)
         guest.put(DATA, 0x11111111, 4)
         guest.put(SCRATCH, 0x22222222, 4)
         entry = guest.pte(DATA)
-        guest.run(f"mov ecx, [{DATA:#x}]\n mov dword ptr [{entry:#x}], {SCRATCH | 7:#x}\n {flush}\n mov edx, [{DATA:#x}]")
+        guest.run(
+            f"mov ecx, [{DATA:#x}]\n mov dword ptr [{entry:#x}], {SCRATCH | 7:#x}\n {flush}\n"
+            f"mov edx, [{DATA:#x}]"
+        )
         assert guest.done and (guest.rcx, guest.rdx) == (0x11111111, 0x22222222)
 
 
@@ -243,8 +283,10 @@ def test_invlpg_drops_all_of_a_large_page(make_guest: Make) -> None:
     guest.put(guest.directory() + 8, P | W | PS)
     guest.put(0x9000, 0x11111111, 4)
     guest.put(0x209000, 0x22222222, 4)
-    guest.run(f"mov ecx, [0x209000]\n mov dword ptr [{guest.directory() + 8:#x}], {0x200000 | P | W | PS:#x}\n"
-              "invlpg [0x200000]\n mov edx, [0x209000]")
+    guest.run(
+        f"mov ecx, [0x209000]\n mov dword ptr [{guest.directory() + 8:#x}], {0x200000 | P | W | PS:#x}\n"
+        "invlpg [0x200000]\n mov edx, [0x209000]"
+    )
     assert (guest.rcx, guest.rdx) == (0x11111111, 0x22222222)
 
 
@@ -280,8 +322,10 @@ def test_invpcid(make_guest: Make) -> None:
         guest = make_guest("long")
         guest.put(SCRATCH, 0x22222222, 4)
         guest.put(0xB008, DATA)
-        guest.run(f"mov ecx, [{DATA:#x}]\n mov dword ptr [{entry:#x}], {SCRATCH | 7:#x}\n mov ebx, {kind}\n"
-                  f"invpcid rbx, [0xb000]\n mov edx, [{DATA:#x}]")
+        guest.run(
+            f"mov ecx, [{DATA:#x}]\n mov dword ptr [{entry:#x}], {SCRATCH | 7:#x}\n mov ebx, {kind}\n"
+            f"invpcid rbx, [0xb000]\n mov edx, [{DATA:#x}]"
+        )
         assert guest.done and guest.rdx == 0x22222222, kind
     for kind, address in ((4, 0), (0, 1 << 47)):
         guest = make_guest("long")
@@ -293,8 +337,11 @@ def test_invpcid(make_guest: Make) -> None:
 def test_pcide_needs_long_mode_and_pcid_0(make_guest: Make) -> None:
     """SDM vol. 2, MOV CR4."""
     guest = make_guest("long")
-    guest.run(f"mov rax, cr4\n or eax, {PCIDE:#x}\n mov cr4, rax\n mov rax, {TABLES | 5 | 1 << 63:#x}\n mov cr3, rax\n"
-              "mov rbx, cr3")
+    guest.run(
+        f"mov rax, cr4\n or eax, {PCIDE:#x}\n mov cr4, rax\n"
+        f"mov rax, {TABLES | 5 | 1 << 63:#x}\n mov cr3, rax\n"
+        "mov rbx, cr3"
+    )
     assert guest.done and guest.rbx == TABLES | 5
     guest = make_guest("pae")
     guest.run(f"mov eax, cr4\n or eax, {PCIDE:#x}\n mov cr4, eax")
@@ -318,8 +365,16 @@ def test_accesses_across_pages_that_are_not_neighbours(make_guest: Make) -> None
     assert (guest.read(DATA + 0xFFE, 2), guest.read(SCRATCH, 2)) == (0x2211, 0x4433)
 
 
-@pytest.mark.parametrize(("code", "vector"), [("mov eax, [rbx]", GP), ("mov eax, [rbp]", SS_), ("push rax", SS_),
-                                              ("mov eax, ds:[rbp]", SS_), ("pop rax", SS_)])
+@pytest.mark.parametrize(
+    ("code", "vector"),
+    [
+        ("mov eax, [rbx]", GP),
+        ("mov eax, [rbp]", SS_),
+        ("push rax", SS_),
+        ("mov eax, ds:[rbp]", SS_),
+        ("pop rax", SS_),
+    ],
+)
 def test_non_canonical_addresses(make_guest: Make, code: str, vector: int) -> None:
     """#GP(0), or #SS(0) where the stack segment is meant. A DS prefix means nothing in 64-bit mode."""
     guest = make_guest("long")
@@ -331,7 +386,12 @@ def test_non_canonical_addresses(make_guest: Make, code: str, vector: int) -> No
 
 def test_alignment_check(make_guest: Make) -> None:
     """#AC(0) at CPL 3 with CR0.AM and RFLAGS.AC only (vol. 3 section 6.15)."""
-    for cpl, am, flag, expected in ((3, AM, AC, True), (0, AM, AC, False), (3, 0, AC, False), (3, AM, 0, False)):
+    for cpl, am, flag, expected in (
+        (3, AM, AC, True),
+        (0, AM, AC, False),
+        (3, 0, AC, False),
+        (3, AM, 0, False),
+    ):
         guest = make_guest("long", cpl)
         guest.set(cr0=guest.cr0 | am, rflags=2 | flag)
         guest.run(f"mov eax, [{DATA + 4:#x}]\n mov eax, [{DATA + 1:#x}]")
@@ -361,13 +421,16 @@ def test_turning_paging_off_and_on(make_guest: Make, mode: str) -> None:
     guest.set_pte(DATA, SCRATCH | 7)
     guest.put(DATA, 1, 4)
     guest.put(SCRATCH, 2, 4)
-    guest.run(f"mov esi, [{DATA:#x}]\n mov eax, cr0\n and eax, {~PG & 0xFFFFFFFF:#x}\n mov cr0, eax\n mov edi, [{DATA:#x}]\n"
-              f"or eax, {PG:#x}\n mov cr0, eax\n mov ebx, [{DATA:#x}]")
+    guest.run(
+        f"mov esi, [{DATA:#x}]\n mov eax, cr0\n and eax, {~PG & 0xFFFFFFFF:#x}\n"
+        f"mov cr0, eax\n mov edi, [{DATA:#x}]\n"
+        f"or eax, {PG:#x}\n mov cr0, eax\n mov ebx, [{DATA:#x}]"
+    )
     assert guest.done and (guest.rsi, guest.rdi, guest.rbx) == (2, 1, 2)
 
 
 def test_nobody_home(make_guest: Make) -> None:
-    """Physical addresses that nobody claims read as ones, and take writes; page tables there are not present or reserved."""
+    """Physical addresses that nobody claims read as ones, and take writes."""
     guest = make_guest("long")
     guest.set_pte(DATA, 0x80000000 | P | W)
     guest.run(f"mov eax, [{DATA:#x}]\n {write_at(DATA)}\n movzx ecx, word ptr [{DATA + 2:#x}]")
@@ -376,6 +439,7 @@ def test_nobody_home(make_guest: Make) -> None:
 
 def test_walk_for_the_debugger_changes_nothing(make_guest: Make) -> None:
     from vcpu._core import lib
+
     for mode in PAGED:
         guest = make_guest(mode)
         guest.set_pte(DATA, SCRATCH | P)

@@ -5,8 +5,30 @@ from collections.abc import Callable
 import pytest
 
 from tests.vcpu.guest import (
-    CODE32, CODE64, DATA, DATA16, DATA32, FREE, GDT, GP, LDT_SELECTOR, LMA, LME, NP, PAE, PE, PG, SS_, TABLES,
-    TSS_SELECTOR, UD, USER_CODE32, USER_DATA, ZF, Guest, descriptor,
+    CODE32,
+    CODE64,
+    DATA,
+    DATA16,
+    DATA32,
+    FREE,
+    GDT,
+    GP,
+    LDT_SELECTOR,
+    LMA,
+    LME,
+    NP,
+    PAE,
+    PE,
+    PG,
+    SS_,
+    TABLES,
+    TSS_SELECTOR,
+    UD,
+    USER_CODE32,
+    USER_DATA,
+    ZF,
+    Guest,
+    descriptor,
 )
 
 Make = Callable[..., Guest]
@@ -19,7 +41,8 @@ def test_real_to_protected_to_long_and_back(make_guest: Make) -> None:
     guest._tables()
     guest.put(0x7000, 0xFFF | GDT << 16, 6)
     guest.put(DATA, 0)
-    guest.run(f"""
+    guest.run(
+        f"""
         .code16
         lgdt [0x7000]
         mov eax, cr0
@@ -85,7 +108,9 @@ def test_real_to_protected_to_long_and_back(make_guest: Make) -> None:
         mov ax, 0xffff
         mov es, ax
         mov bx, es:[0x20]                 # FFFF0h + 20h: A20 is on, so 100010h
-    """, bits=16)
+    """,
+        bits=16,
+    )
     assert guest.done, hex(guest.rip)
     assert guest.read(DATA, 4) == 0x61333216
     assert guest.read(DATA + 8) == 0x123456789ABCDEF0
@@ -109,19 +134,32 @@ def test_limit_of_real_mode(make_guest: Make) -> None:
     assert guest.vector == GP and guest.stack()[0] == 0x8006
 
 
-@pytest.mark.parametrize(("segment", "selector", "vector", "error"), [
-    ("ds", 0, None, 0), ("ds", 3, None, 0), ("ss", 0, GP, 0),
-    ("ds", DATA32, None, 0), ("ds", FREE + 0xF00, GP, FREE + 0xF00),        # behind the limit
-    ("ds", FREE | 3, GP, FREE), ("ds", FREE, None, 0),                        # DPL 0 data with RPL 3
-    ("ds", FREE + 8, GP, FREE + 8),                                           # execute-only code
-    ("ds", FREE + 16, NP, FREE + 16), ("ss", FREE + 16, SS_, FREE + 16),      # not present
-    ("ss", FREE + 24, GP, FREE + 24),                                         # read-only data as a stack
-    ("ds", FREE + 24, None, 0), ("ss", USER_DATA, GP, USER_DATA & ~3),        # RPL is not CPL
-    ("ss", FREE + 32, GP, FREE + 32),                                         # DPL is not CPL
-    ("ds", TSS_SELECTOR, GP, TSS_SELECTOR), ("ds", LDT_SELECTOR | 4, GP, LDT_SELECTOR | 4),  # no LDT
-    ("ds", FREE + 40, None, 0), ("ds", FREE + 43, None, 0),                   # conforming code: at any RPL
-])
-def test_loading_a_segment_register(make_guest: Make, segment: str, selector: int, vector: int | None, error: int) -> None:
+@pytest.mark.parametrize(
+    ("segment", "selector", "vector", "error"),
+    [
+        ("ds", 0, None, 0),
+        ("ds", 3, None, 0),
+        ("ss", 0, GP, 0),
+        ("ds", DATA32, None, 0),
+        ("ds", FREE + 0xF00, GP, FREE + 0xF00),  # behind the limit
+        ("ds", FREE | 3, GP, FREE),
+        ("ds", FREE, None, 0),  # DPL 0 data with RPL 3
+        ("ds", FREE + 8, GP, FREE + 8),  # execute-only code
+        ("ds", FREE + 16, NP, FREE + 16),
+        ("ss", FREE + 16, SS_, FREE + 16),  # not present
+        ("ss", FREE + 24, GP, FREE + 24),  # read-only data as a stack
+        ("ds", FREE + 24, None, 0),
+        ("ss", USER_DATA, GP, USER_DATA & ~3),  # RPL is not CPL
+        ("ss", FREE + 32, GP, FREE + 32),  # DPL is not CPL
+        ("ds", TSS_SELECTOR, GP, TSS_SELECTOR),
+        ("ds", LDT_SELECTOR | 4, GP, LDT_SELECTOR | 4),  # no LDT
+        ("ds", FREE + 40, None, 0),
+        ("ds", FREE + 43, None, 0),  # conforming code: at any RPL
+    ],
+)
+def test_loading_a_segment_register(
+    make_guest: Make, segment: str, selector: int, vector: int | None, error: int
+) -> None:
     """SDM vol. 2, MOV: exceptions of protected mode; vol. 3 section 5.5 to 5.7."""
     guest = make_guest("legacy")
     for i, attr in enumerate((0xC092, 0xC098, 0xC012, 0xC090, 0xC0F2, 0xC09E)):
@@ -146,8 +184,14 @@ def test_a_null_segment_faults_when_used(make_guest: Make) -> None:
 
 def test_limits_expand_up_and_down(make_guest: Make) -> None:
     """Section 5.3. A data segment that expands down is valid above its limit."""
-    for attr, address, fits in ((0x4092, 0xFFC, True), (0x4092, 0xFFD, False), (0x4096, 0x1000, True),
-                                (0x4096, 0xFFF, False), (0x96, 0xFFFD, False), (0x96, 0xFFFC, True)):
+    for attr, address, fits in (
+        (0x4092, 0xFFC, True),
+        (0x4092, 0xFFD, False),
+        (0x4096, 0x1000, True),
+        (0x4096, 0xFFF, False),
+        (0x96, 0xFFFD, False),
+        (0x96, 0xFFFC, True),
+    ):
         guest = make_guest("legacy")
         guest.set_descriptor(FREE, descriptor(0, 0xFFF, attr))
         guest.run(f"mov eax, {FREE}\n mov ds, eax\n mov eax, [{address}]")
@@ -168,18 +212,31 @@ def test_ldt(make_guest: Make) -> None:
     guest.set_descriptor(LDT_SELECTOR, descriptor(0x6000, 0x17, 0x82))
     guest.put(0x6008, descriptor(DATA, 0xFF, 0x4092))
     guest.put(DATA + 4, 0xCAFEBABE, 4)
-    guest.run(f"mov eax, {LDT_SELECTOR}\n lldt ax\n mov eax, 0xc\n mov ds, eax\n mov ecx, [4]\n sldt edx\n mov eax, 0x1c\n"
-              "mov ds, eax")
+    guest.run(
+        f"mov eax, {LDT_SELECTOR}\n lldt ax\n mov eax, 0xc\n mov ds, eax\n mov ecx, [4]\n"
+        "sldt edx\n mov eax, 0x1c\n"
+        "mov ds, eax"
+    )
     assert guest.vector == GP and guest.stack()[0] == 0x1C  # behind the LDT's limit
     assert (guest.rcx, guest.rdx) == (0xCAFEBABE, LDT_SELECTOR)
 
 
-@pytest.mark.parametrize(("mode", "code", "vector", "error"), [
-    ("legacy", "mov eax, 0x68\n lldt ax", GP, 0x68), ("legacy", "mov eax, 0x48\n ltr ax", GP, 0x48),  # no LDT; busy
-    ("legacy", "xor eax, eax\n ltr ax", GP, 0), ("legacy", "xor eax, eax\n lldt ax", None, 0),
-    ("real", "lldt ax", UD, None), ("real", "str ax", UD, None), ("real", "lar ax, bx", UD, None), ("real", "verr ax", UD, None),
-])
-def test_table_registers(make_guest: Make, mode: str, code: str, vector: int | None, error: int | None) -> None:
+@pytest.mark.parametrize(
+    ("mode", "code", "vector", "error"),
+    [
+        ("legacy", "mov eax, 0x68\n lldt ax", GP, 0x68),
+        ("legacy", "mov eax, 0x48\n ltr ax", GP, 0x48),  # no LDT; busy
+        ("legacy", "xor eax, eax\n ltr ax", GP, 0),
+        ("legacy", "xor eax, eax\n lldt ax", None, 0),
+        ("real", "lldt ax", UD, None),
+        ("real", "str ax", UD, None),
+        ("real", "lar ax, bx", UD, None),
+        ("real", "verr ax", UD, None),
+    ],
+)
+def test_table_registers(
+    make_guest: Make, mode: str, code: str, vector: int | None, error: int | None
+) -> None:
     guest = make_guest(mode)
     guest.run(code)
     assert guest.vector == vector
@@ -198,7 +255,7 @@ def test_ltr_marks_the_tss_busy(make_guest: Make) -> None:
 
 def test_lar_lsl_verr_verw(make_guest: Make) -> None:
     guest = make_guest("legacy", 3)
-    guest.set_descriptor(FREE, descriptor(0, 0x12345, 0xC0F2))   # user data, pages
+    guest.set_descriptor(FREE, descriptor(0, 0x12345, 0xC0F2))  # user data, pages
     guest.set_descriptor(FREE + 8, descriptor(0, 0x777, 0x0098))  # execute-only code of ring 0
     guest.set_descriptor(FREE + 16, descriptor(0, 0x777, 0x00F8))  # ... of ring 3
     guest.run(f"""
@@ -240,14 +297,16 @@ def test_lss_and_the_selectors_it_checks(make_guest: Make) -> None:
 def test_swapgs_and_the_base_instructions(make_guest: Make) -> None:
     guest = make_guest("long")
     guest.run("mov eax, 1\n rdfsbase rbx")
-    assert guest.vector == UD                                     # CR4.FSGSBASE is clear
+    assert guest.vector == UD  # CR4.FSGSBASE is clear
     guest = make_guest("long")
     guest.set(cr4=guest.cr4 | 1 << 16)
     guest.arch.kernel_gs_base = DATA
     guest.put(DATA + 8, 0x77)
-    guest.run(f"mov rax, 0xffff800000000000\n wrgsbase rax\n swapgs\n mov rcx, gs:[8]\n rdgsbase rdx\n swapgs\n"
-              "rdgsbase rsi\n wrfsbase eax\n rdfsbase rdi\n mov rax, 0x800000000000\n wrfsbase rax")
-    assert guest.vector == GP and guest.stack()[0] == 0           # not canonical
+    guest.run(
+        "mov rax, 0xffff800000000000\n wrgsbase rax\n swapgs\n mov rcx, gs:[8]\n rdgsbase rdx\n swapgs\n"
+        "rdgsbase rsi\n wrfsbase eax\n rdfsbase rdi\n mov rax, 0x800000000000\n wrfsbase rax"
+    )
+    assert guest.vector == GP and guest.stack()[0] == 0  # not canonical
     assert (guest.rcx, guest.rdx, guest.rsi, guest.rdi) == (0x77, DATA, 0xFFFF800000000000, 0)
 
 
@@ -255,7 +314,10 @@ def test_sgdt_sidt_and_operand_size(make_guest: Make) -> None:
     """With 16-bit operands LGDT takes 24 bits of base (SDM vol. 2)."""
     guest = make_guest("legacy")
     guest.put(DATA, 0xABCD | 0x12345678 << 16, 6)
-    guest.run(f"lidt [{DATA}]\n sidt [{DATA + 16}]\n .byte 0x66\n lidt [{DATA}]\n sidt [{DATA + 32}]\n sgdt [{DATA + 48}]")
+    guest.run(
+        f"lidt [{DATA}]\n sidt [{DATA + 16}]\n .byte 0x66\n lidt [{DATA}]\n"
+        f"sidt [{DATA + 32}]\n sgdt [{DATA + 48}]"
+    )
     assert guest.done
     assert guest.read(DATA + 16, 6) == 0xABCD | 0x12345678 << 16
     assert guest.read(DATA + 32, 6) == 0xABCD | 0x345678 << 16
@@ -264,8 +326,13 @@ def test_sgdt_sidt_and_operand_size(make_guest: Make) -> None:
 
 def test_push_and_pop_of_segments(make_guest: Make) -> None:
     guest = make_guest("legacy")
-    guest.run(f"mov eax, {USER_DATA}\n mov es, eax\n push es\n pop ds\n push ds\n pop ecx\n .byte 0x66\n push es\n mov edx, esp")
-    assert guest.done and guest.ds == USER_DATA and guest.rcx == USER_DATA and guest.rdx == 0x20000 - 0x800 - 2
+    guest.run(
+        f"mov eax, {USER_DATA}\n mov es, eax\n push es\n pop ds\n push ds\n pop ecx\n"
+        ".byte 0x66\n push es\n mov edx, esp"
+    )
+    assert (
+        guest.done and guest.ds == USER_DATA and guest.rcx == USER_DATA and guest.rdx == 0x20000 - 0x800 - 2
+    )
 
 
 @pytest.mark.parametrize("mode", ["legacy", "long"])

@@ -287,28 +287,6 @@ void op_sti(struct cpu *c, const struct uop *u)
     NEXT(c, u);
 }
 
-static void set_ac(struct cpu *c, const struct uop *u, bool on)
-{
-    if (ARCH(c)->cpl) {
-        raise_fault(c, u, VEC_UD);
-    }
-    uint64_t *flags = &ARCH(c)->rflags;
-    *flags = on ? *flags | FLAG_AC : *flags & ~(uint64_t)FLAG_AC;
-    mmu_set_mode(c);
-}
-
-void op_clac(struct cpu *c, const struct uop *u)
-{
-    set_ac(c, u, false);
-    NEXT(c, u);
-}
-
-void op_stac(struct cpu *c, const struct uop *u)
-{
-    set_ac(c, u, true);
-    NEXT(c, u);
-}
-
 static uint64_t random_word(bool *ok)
 {
     uint64_t value = 0;
