@@ -138,6 +138,14 @@ def test_wide_accesses_are_split_into_what_the_registers_take(machine: Machine) 
     assert [request[1:3] for request in machine.requests] == expected
 
 
+def test_a_data_port_takes_more_bytes_than_it_has_addresses(machine: Machine) -> None:
+    """ATA/ATAPI-6 7.5: the data register at 1F0h is 16 bits (32 with a PIO32 host), features is at 1F1h."""
+    machine.map_port(0x1F0, widths=6)
+    machine.map_port(0x1F1)
+    machine.run("mov dx, 0x1f0\n in eax, dx\n in ax, dx\n inc dx\n in al, dx")
+    assert [request[1:3] for request in machine.requests] == [(0x1F0, 4), (0x1F0, 2), (0x1F1, 1)]
+
+
 def test_the_end_of_the_port_space_wraps(machine: Machine) -> None:
     machine.map_port(0)
     machine.run("mov dx, 0xffff\n in ax, dx")

@@ -121,11 +121,12 @@ static void write_piece(struct cpu *c, const struct uop *u, const struct piece *
     }
 }
 
-/* The widest access, of at most `width` bytes, that the register takes from byte `skip` on; a register whose own accesses
- * are all wider gets the narrow one as it is. */
+/* The widest access, of at most `width` bytes, that the register takes from byte `skip` on. From its first byte on that is for
+ * reg->widths alone to say (a data port of 16 bits has a neighbour at its second byte); from a later one it ends with the
+ * register. A register whose own accesses are all wider gets the narrow one as it is. */
 static unsigned fit(const struct reg_desc *reg, unsigned skip, unsigned width)
 {
-    unsigned room = reg->length > skip ? reg->length - skip : 1;
+    unsigned room = skip == 0 ? 8 : reg->length > skip ? reg->length - skip : 1;
     for (unsigned w = 8; w; w >>= 1) {
         if (w <= width && w <= room && reg->widths & w) {
             return w;
@@ -215,7 +216,7 @@ unsigned io_write_string(struct cpu *c, const struct uop *u, unsigned port, unsi
 
 int io_inta(struct cpu *c)
 {
-    struct piece p = {.space = SPACE_INTA, .width = 1};
+    struct piece p = {.space = SPACE_INTA, .width = 1, .device = SEG_DEVICE_LAPIC};
     sync_access(c, NULL, &p, 1, false);
     return c->s.io.data[0];
 }
