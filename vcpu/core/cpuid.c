@@ -144,7 +144,8 @@ static const struct row rows[] = {
     {0x80000006, {0, 0x42004200, 0x02008140, 0}, NULL},                  /* 512 KiB, 16-way L2 */
     {0x80000007, {0, 0, 0, BIT(8) /* invariant TSC */}, NULL},
     {0x80000008, {48 << 8 | PHYS_BITS, BIT(26) /* SSB_NO */, 0, 0}, leaf_sizes},
-    {0x80000021, {BIT(2) /* LFENCE serialises */ | BIT(6) /* null selector clears base */ | BIT(29) /* SRSO_NO */, 0, 0, 0}, NULL},
+    /* LFENCE serialises; a null selector clears the base; automatic IBRS (no retpolines: nothing here predicts); SRSO_NO */
+    {0x80000021, {BIT(2) | BIT(6) | BIT(8) | BIT(29), 0, 0, 0}, NULL},
 };
 
 struct cpuid_leaf cpuid_query(const struct cpu *c, uint32_t leaf, uint32_t subleaf)

@@ -85,7 +85,7 @@ static bool efer_write(struct cpu *c, uint32_t index, uint64_t value)
     (void)index;
     struct cpu_arch *a = ARCH(c);
     uint64_t changed = value ^ a->efer;
-    if (value & ~(uint64_t)(EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE) || (changed & EFER_LME && a->cr0 & CR0_PG)) {
+    if (value & ~(uint64_t)(EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE | EFER_AIBRSE) || (changed & EFER_LME && a->cr0 & CR0_PG)) {
         return false;
     }
     a->efer = (value & ~(uint64_t)EFER_LMA) | (a->efer & EFER_LMA);

@@ -40,7 +40,7 @@
 #define EFER_LME 0x100u
 #define EFER_LMA 0x400u
 #define EFER_NXE 0x800u
-#define EFER_FFXSR 0x4000u
+#define EFER_AIBRSE 0x200000u /* automatic IBRS */
 
 /* Debug registers, SDM vol. 3 section 17.2 */
 #define DR6_BD 0x2000u
