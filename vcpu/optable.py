@@ -133,7 +133,7 @@ class TableError(Exception):
 
 @dataclass(frozen=True)
 class Operand:
-    """kind: SDM addressing letter, or "fixed"; size: SDM type letters (b w v z ...), or the register's name."""
+    """kind: SDM addressing letter, or "fixed"; size: SDM type letters (b w v ...), or the register's name."""
 
     kind: str
     size: str
@@ -500,7 +500,8 @@ def generate() -> str:
         second = IMMEDIATES[immediates[1]] if len(immediates) > 1 else "IMM_NONE"
         body.append(
             f"  {{{handler_set}, {aux}, {' | '.join(bits) or '0'}, "
-            f"{_flag_words(row, 'mod') | _flag_words(row, 'undef'):#x}, {_flag_words(row, 'use'):#x}, OPP_{(row.prefix or 'any').upper()}, "
+            f"{_flag_words(row, 'mod') | _flag_words(row, 'undef'):#x}, {_flag_words(row, 'use'):#x}, "
+            f"OPP_{(row.prefix or 'any').upper()}, "
             f"{0xFF if row.ext is None else row.ext}, {mod}, {0xFF if row.rm is None else row.rm}, "
             f"{2 if row.w is None else row.w}, {IMMEDIATES[immediates[0]] if immediates else 'IMM_NONE'}, "
             f"{second}}}, "

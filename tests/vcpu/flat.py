@@ -1,7 +1,7 @@
 """A bare 64-bit machine for programs without devices: code in, registers in, run until HLT, registers out.
 
-Its memory is identity-mapped by 2 MiB pages, CPL 0; interrupts off. For the engine's own tests, the differential
-tests and for measuring. compile_c() makes a freestanding binary whose `long entry(long a, long b)` is called.
+Its memory is identity-mapped by 2 MiB pages, CPL 0; interrupts off. For the engine's own tests, the
+differential tests and for measuring. compile_c() makes a freestanding binary whose `long entry(long a, long b)` is called.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Flat:
         return int(self.arch.gpr[REGISTERS[name]] if name in REGISTERS else getattr(self.arch, name))
 
     def run(self, code: bytes = b"", budget: int = UNLIMITED, at: int = CODE, **registers: int) -> int:
-        """Loads code, if any, and runs from `at` until HLT or the budget's end; returns the exit (EXIT_DEBUG: HLT)."""
+        """Loads code, if any; runs from `at` until HLT or the budget's end. The exit; EXIT_DEBUG: HLT."""
         if code:
             self.write(at, code)
         self.set(rip=at, **registers)

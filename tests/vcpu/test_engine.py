@@ -1,5 +1,5 @@
-"""The engine: decoding, blocks, chaining, self-modifying code, repetition, counting. What each instruction computes
-is the differential tests' business; here it is how instructions are found, joined and interrupted.
+"""The engine: decoding, blocks, chaining, self-modifying code, repetition, counting. What each instruction
+computes is the differential tests' business; here it is how instructions are found, joined and interrupted.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def test_a_bad_row_is_named(line: str, reason: str) -> None:
 
 
 def test_handlers_end_in_jumps() -> None:
-    """A handler that calls the next one would use up the stack; gcc makes jumps of them if nothing hinders it."""
+    """A handler that calls the next one would use up the stack; gcc makes jumps of them if it can."""
     if not shutil.which("objdump"):
         pytest.skip("no objdump")
     text = subprocess.run(
@@ -281,7 +281,7 @@ def test_loop_that_rewrites_itself(flat: Flat) -> None:
     ],
 )
 def test_each_kind_of_store_into_code_is_seen(flat: Flat, store: str) -> None:
-    """The routine's line is written beside the code that is executing: its block is dropped, the run goes on."""
+    """The routine's line is written beside the code in execution: its block is dropped, the run goes on."""
     before = int(flat.block.blocks_dropped)
     run(
         flat,
