@@ -109,7 +109,7 @@ def incremental() -> None:
         failed |= process.wait() != 0
     if failed:
         sys.exit("build_core: compilation failed")
-    library = HERE / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}"
+    library = HERE / "_core.abi3.so"  # the name setup.py gives it
     fresh_library = build / "_core.so"
     subprocess.run(
         ["gcc", "-shared", *map(str, objects), "-Wl,-z,now", "-lm", "-lpthread", "-o", str(fresh_library)],

@@ -1,7 +1,8 @@
 """A bare 64-bit machine for programs without devices: code in, registers in, run until HLT, registers out.
 
 Its memory is identity-mapped by 2 MiB pages, CPL 0; interrupts off. For the engine's own tests, the
-differential tests and for measuring. compile_c() makes a freestanding binary whose `long entry(long a, long b)` is called.
+differential tests and for measuring. compile_c() makes a freestanding binary whose
+`long entry(long a, long b)` is called.
 """
 
 from __future__ import annotations
