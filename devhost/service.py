@@ -97,6 +97,8 @@ class Service:
             busy = self._serve_bus()
             busy |= self._apply_posted(None)
             busy |= self._fire_timers()
+            if not busy:
+                self._flush_output()  # before the control socket is read to its end: sending can swallow its edge
             busy |= self._serve_control()
             self._wait(fixed, 0.0 if busy else self._idle())
         self._flush_output()
@@ -130,7 +132,6 @@ class Service:
 
     def _idle(self) -> float:
         """Nothing is left to do: promise to be woken, and say for how long to sleep."""
-        self._flush_output()
         self.ring.sleeping(True)
         if self.ring.pending():
             return 0.0

@@ -29,6 +29,7 @@ static volatile int trap;
 static void on_trap(int number, siginfo_t *info, void *context)
 {
     (void)number, (void)info;
+    __asm__ volatile("push $2; popfq" : : : "cc"); /* AC may be set */
     trap = (int)((ucontext_t *)context)->uc_mcontext.gregs[REG_TRAPNO];
     siglongjmp(back, 1);
 }
@@ -69,7 +70,7 @@ static void build(const uint8_t *bytes, unsigned n, struct frame *f)
     at = put_relative(at, "\x48\x0f\xae\x05", 4, f->s.fx);          /* fxsave64 */
     at = put(at, "\xdb\xe3", 2);                                    /* fninit */
     at = put_relative(at, "\x0f\xae\x15", 3, &f->mxcsr_default);    /* ldmxcsr */
-    at = put(at, "\xfc", 1);
+    at = put(at, "\x6a\x02\x9d", 3);                              /* push 2; popfq: AC and DF */
     put(at, pop, sizeof pop);
 }
 
@@ -101,7 +102,7 @@ int native_run(struct native_state *state, const uint8_t *bytes, unsigned n)
         ((void (*)(void))(uintptr_t)area)();
         *state = f->s;
     } else {
-        __asm__ volatile("cld; fxrstor64 %0" : : "m"(clean));
+        __asm__ volatile("fxrstor64 %0" : : "m"(clean));
     }
     for (unsigned i = 0; i < 5; i++) {
         sigaction(signals[i], &old[i], NULL);

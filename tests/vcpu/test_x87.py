@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.vcpu.guest import DATA, MF, NM, PF, SCRATCH, Guest
+from tests.vcpu.guest import AC, AC_, AM, CODE, DATA, MF, NM, PF, SCRATCH, Guest
 from tests.vcpu.host_rows import Pair, Row, check_row, rows
 
 Make = Callable[..., Guest]
@@ -176,3 +176,21 @@ def test_state_survives_between_runs(make_guest: Make) -> None:
         guest.resume(budget=1)
     assert guest.done
     assert struct.pack("<Q", guest.read(SCRATCH)) == struct.pack("<d", 3.141592653589793)
+
+
+@pytest.mark.parametrize(("instruction", "align"), [
+    ("fld dword ptr [rbx]", 4), ("fst qword ptr [rbx]", 8), ("fstp tbyte ptr [rbx]", 8), ("fild word ptr [rbx]", 2),
+    ("fld tbyte ptr [rbx]", 8), ("fnstenv [rbx]", 4), ("fnsave [rbx]", 4), ("fldcw [rbx]", 2), ("movsd xmm0, [rbx]", 8),
+    ("movups xmm0, [rbx]", 1), ("movss [rbx], xmm0", 4)])
+def test_alignment_check(make_guest: Make, instruction: str, align: int) -> None:
+    """SDM vol. 3 table 6-7. Nothing has happened when it is raised: a store has not popped."""
+    for offset in (1, 2, 4):
+        guest = make_guest("long", 3)
+        guest.set(cr0=guest.cr0 | AM, rflags=2 | AC, rbx=DATA + offset, cr4=guest.cr4 | 0x200)
+        guest.arch.fpu.tag_valid, guest.arch.fpu.sw = 0xFF, 3 << 11
+        guest.run(instruction)
+        if offset % align:
+            assert (guest.vector, guest.stack()[:2]) == (AC_, [0, CODE])
+            assert guest.arch.fpu.sw == 3 << 11 and guest.arch.fpu.tag_valid == 0xFF
+        else:
+            assert guest.done

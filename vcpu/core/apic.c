@@ -86,13 +86,6 @@ void apic_reset(struct cpu *c, bool init)
     apic_publish(c);
 }
 
-void apic_loaded(struct cpu *c)
-{
-    apic_publish(c);
-    apic_timer_check(c);
-    apic_drain(c);
-}
-
 /* ---- reading ---- */
 /* false: there is no such register */
 static bool read_register(struct cpu *c, unsigned reg, uint32_t *value)

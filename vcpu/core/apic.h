@@ -27,8 +27,6 @@
 
 /* Power-on, or INIT (keeps IA32_APIC_BASE and the ID). Posted words are emptied. */
 void apic_reset(struct cpu *c, bool init);
-/* After arch.apic was written from outside (load of a record): publishes addressing, arms the timer. */
-void apic_loaded(struct cpu *c);
 
 void apic_drain(struct cpu *c);        /* posted words -> IRR; sets intr_ready */
 void apic_timer_check(struct cpu *c);  /* fires what is due, arms for the next */
@@ -55,9 +53,7 @@ bool apic_msr_read(struct cpu *c, uint32_t msr, uint64_t *value);
 bool apic_msr_write(struct cpu *c, uint32_t msr, uint64_t value);
 uint64_t apic_get_cr8(const struct cpu *c);
 void apic_set_cr8(struct cpu *c, uint64_t value); /* bits 3-0 */
-void apic_eoi(struct cpu *c);                     /* as a write to EOI (PV EOI) */
-/* PV EOI may be used for the vector in service: edge triggered and nothing below it waits. */
-bool apic_pv_eoi_fits(const struct cpu *c);
+void apic_eoi(struct cpu *c);                     /* as a write to EOI */
 
 /* TSC as the guest reads it */
 static inline uint64_t cpu_tsc(const struct cpu *c) { return guest_tsc(c->seg) + c->s.arch.tsc_adjust; }

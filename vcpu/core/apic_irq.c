@@ -149,16 +149,6 @@ void apic_eoi(struct cpu *c)
     apic_update(c);
 }
 
-bool apic_pv_eoi_fits(const struct cpu *c)
-{
-    const struct apic_state *a = &c->s.arch.apic;
-    int vector = highest(a->isr);
-    if (vector < 0 || a->tmr[vector >> 6] & bit_of((unsigned)vector)) {
-        return false;
-    }
-    return highest(a->irr) >> 4 < vector >> 4;
-}
-
 bool apic_take_init(struct cpu *c) { return seg_load(&c->s.posted_init) && seg_swap(&c->s.posted_init, 0); }
 
 bool apic_take_sipi(struct cpu *c, uint32_t *vector)

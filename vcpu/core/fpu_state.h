@@ -23,6 +23,17 @@ _Static_assert(sizeof(struct fx_image) == 512, "FXSAVE area");
 void fpu_store_image(struct fx_image *image);
 void fpu_load_image(const struct fx_image *image);
 
+/* Around a guest store that may give up its access and start again (a device): the instruction has been executed,
+ * but its state does not hold before the store is done. */
+#define STORE_WITH_STATE(before, store)        \
+    do {                                       \
+        struct fx_image after_;                \
+        fpu_store_image(&after_);              \
+        fpu_load_image(before);                \
+        store;                                 \
+        fpu_load_image(&after_);               \
+    } while (0)
+
 static inline uint32_t mxcsr_get(void)
 {
     uint32_t value;

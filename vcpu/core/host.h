@@ -13,6 +13,7 @@
 #define ATOLL_HOST_H
 
 #include "cpu.h"
+#include "fpu_state.h"
 
 /* ---- for the run loop and whoever calls into Python ---- */
 /* NULL, or a line that says what the host lacks. */
@@ -73,6 +74,7 @@ struct stub_slot { uint64_t key; uint32_t offset; };
 
 struct host_stubs {
     _Alignas(64) uint8_t bounce[64]; /* operand of an access that has no single host address */
+    struct fx_image before;      /* x87 state before a store into the bounce buffer */
     uint64_t store_lin;          /* where the bounce buffer goes */
     uint8_t *writable, *executable; /* two mappings of one memory */
     uint32_t used, count;
@@ -103,6 +105,8 @@ _Noreturn void host_gate(struct cpu *c, const struct uop *u);
 
 /* ---- for handlers in C ---- */
 void fpu_gate(struct cpu *c, const struct uop *u, enum fpu_gate gate);
+/* #AC where alignment is checked; after the page faults of the operand */
+void host_align(struct cpu *c, const struct uop *u, uint64_t lin, unsigned align);
 _Noreturn void raise_mf(struct cpu *c, const struct uop *u);
 /* Is an unmasked x87 exception pending (status word, ES)? The guest's state is in the host's registers. */
 static inline bool fpu_pending(void)

@@ -20,9 +20,6 @@ unsigned io_write_string(struct cpu *c, const struct uop *u, unsigned port, unsi
 /* Guest-physical addresses that are not plain memory for this access; width 1, 2, 4, 8, within a page. */
 uint64_t mmio_read(struct cpu *c, const struct uop *u, uint64_t gpa, unsigned width);
 void mmio_write(struct cpu *c, const struct uop *u, uint64_t gpa, unsigned width, uint64_t value);
-/* Runs of successive addresses within a page (REP MOVS, REP STOS to a window): one message. */
-void mmio_read_run(struct cpu *c, const struct uop *u, uint64_t gpa, unsigned width, unsigned count, void *to);
-void mmio_write_run(struct cpu *c, const struct uop *u, uint64_t gpa, unsigned width, unsigned count, const void *from);
 
 /* The PIC's vector (interrupt acknowledge). -1: no PIC */
 int io_inta(struct cpu *c);

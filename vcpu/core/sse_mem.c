@@ -13,6 +13,13 @@ static void check_alignment(struct cpu *c, const struct uop *u, uint64_t lin, ui
     }
 }
 
+void host_align(struct cpu *c, const struct uop *u, uint64_t lin, unsigned align)
+{
+    if (lin & (align - 1) && ARCH(c)->cpl == 3 && ARCH(c)->rflags & FLAG_AC && ARCH(c)->cr0 & CR0_AM) {
+        raise_fault_code(c, u, VEC_AC, 0);
+    }
+}
+
 /* Host address of the operand at lin: its own, or that of the bounce buffer. Faults as the access would. */
 static void *operand_at(struct cpu *c, const struct uop *u, uint64_t lin, uint32_t desc)
 {
@@ -25,9 +32,13 @@ static void *operand_at(struct cpu *c, const struct uop *u, uint64_t lin, uint32
     if (write) {
         c->stubs->store_lin = lin;
         mem_probe_write(c, u, lin, n);
+        if (desc & MEM_WAITS) {
+            fpu_store_image(&c->stubs->before);
+        }
     } else {
         mem_read_bytes(c, u, lin, c->stubs->bounce, n);
     }
+    host_align(c, u, lin, n == 10 ? 8 : n <= 8 ? n : 1); /* SDM vol. 3 table 6-7; 16 bytes: as the CPUs do */
     return c->stubs->bounce;
 }
 
@@ -72,8 +83,10 @@ void host_stored(struct cpu *c, const struct uop *u, void *to, uint32_t desc)
 {
     if (to != c->stubs->bounce) {
         code_check(c, to, desc & 0xff);
-    } else if (!(desc & MEM_WAITS) || !x87_stored_nothing()) {
+    } else if (!(desc & MEM_WAITS)) {
         mem_write_bytes(c, u, c->stubs->store_lin, to, desc & 0xff);
+    } else if (!x87_stored_nothing()) {
+        STORE_WITH_STATE(&c->stubs->before, mem_write_bytes(c, u, c->stubs->store_lin, to, desc & 0xff));
     }
 }
 

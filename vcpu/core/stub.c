@@ -175,12 +175,12 @@ static uint64_t form_key(const struct stub_form *f)
     const struct uop *u = &f->u;
     uint64_t key = 1 | f->mode64 << 1 | f->gated << 2 | !!(u->mode & UOP_OSZ64) << 3 | !!(u->mode & UOP_ASZ16) << 4
         | !!(u->mode & UOP_ASZ32) << 5 | uop_mem(u) << 6;
-    key |= (uint64_t)u->aux << 8 | (uint64_t)(u->reg & 15) << 18 | (uint64_t)(u->imm & 0xff) << 22;
+    key |= (uint64_t)(u->aux & 0xfff) << 8 | (uint64_t)(u->reg & 15) << 20 | (uint64_t)(u->imm & 0xff) << 24;
     if (!uop_mem(u)) {
-        return key | (uint64_t)(u->rm & 15) << 30;
+        return key | (uint64_t)(u->rm & 15) << 32;
     }
-    return key | (uint64_t)u->base << 30 | (uint64_t)u->index << 36 | (uint64_t)u->scale << 42 | (uint64_t)(u->seg & 7) << 44
-        | (uint64_t)f->fop << 48;
+    return key | (uint64_t)u->base << 32 | (uint64_t)u->index << 38 | (uint64_t)u->scale << 44 | (uint64_t)(u->seg & 7) << 46
+        | (uint64_t)f->fop << 49;
 }
 
 static uop_fn stub_for(struct cpu *c, const struct uop *u)

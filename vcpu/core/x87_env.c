@@ -15,6 +15,22 @@ _Static_assert(sizeof(struct host_save) == 108, "FNSAVE area, 32 bits");
 
 static unsigned env_bytes(const struct uop *u) { return u->mode & UOP_OSZ16 ? 14 : 28; }
 
+/* Address of n bytes that can be written; n bytes read. Alignment as the single words have it. */
+static uint64_t writable(struct cpu *c, const struct uop *u, unsigned n)
+{
+    uint64_t lin = ea_linear(c, u, n, true);
+    mem_probe_write(c, u, lin, n);
+    host_align(c, u, lin, u->mode & UOP_OSZ16 ? 2 : 4);
+    return lin;
+}
+
+static void readable(struct cpu *c, const struct uop *u, uint8_t *bytes, unsigned n)
+{
+    uint64_t lin = ea_linear(c, u, n, false);
+    mem_read_bytes(c, u, lin, bytes, n);
+    host_align(c, u, lin, u->mode & UOP_OSZ16 ? 2 : 4);
+}
+
 /* The guest's environment in its own format; returns its bytes. */
 static unsigned put_env(const struct cpu *c, const struct uop *u, const struct host_env *env, uint8_t to[28])
 {
@@ -87,12 +103,14 @@ static void clear_pointers(struct cpu *c)
 static COLD void fnstenv(struct cpu *c, const struct uop *u)
 {
     struct host_env env;
+    struct fx_image before;
     uint8_t bytes[28];
     fpu_gate(c, u, GATE_X87);
-    uint64_t lin = ea_linear(c, u, env_bytes(u), true);
-    mem_probe_write(c, u, lin, env_bytes(u));
+    uint64_t lin = writable(c, u, env_bytes(u));
+    fpu_store_image(&before);
     __asm__ volatile("fnstenv %0" : "=m"(env));
-    mem_write_bytes(c, u, lin, bytes, put_env(c, u, &env, bytes));
+    unsigned n = put_env(c, u, &env, bytes);
+    STORE_WITH_STATE(&before, mem_write_bytes(c, u, lin, bytes, n));
 }
 
 static COLD void fldenv(struct cpu *c, const struct uop *u)
@@ -101,7 +119,7 @@ static COLD void fldenv(struct cpu *c, const struct uop *u)
     uint8_t bytes[28];
     fpu_gate(c, u, GATE_X87);
     fpu_wait(c, u);
-    mem_read_bytes(c, u, ea_linear(c, u, env_bytes(u), false), bytes, env_bytes(u));
+    readable(c, u, bytes, env_bytes(u));
     get_env(c, u, bytes, &env);
     __asm__ volatile("fldenv %0" : : "m"(env));
 }
@@ -109,16 +127,17 @@ static COLD void fldenv(struct cpu *c, const struct uop *u)
 static COLD void fnsave(struct cpu *c, const struct uop *u)
 {
     struct host_save save;
+    struct fx_image before;
     uint8_t bytes[108];
     unsigned n = env_bytes(u);
     fpu_gate(c, u, GATE_X87);
-    uint64_t lin = ea_linear(c, u, n + 80, true);
-    mem_probe_write(c, u, lin, n + 80);
+    uint64_t lin = writable(c, u, n + 80);
+    fpu_store_image(&before);
     __asm__ volatile("fnsave %0" : "=m"(save));
     put_env(c, u, &save.env, bytes);
     memcpy(bytes + n, save.st, 80);
+    STORE_WITH_STATE(&before, mem_write_bytes(c, u, lin, bytes, n + 80));
     clear_pointers(c);
-    mem_write_bytes(c, u, lin, bytes, n + 80);
 }
 
 static COLD void frstor(struct cpu *c, const struct uop *u)
@@ -128,7 +147,7 @@ static COLD void frstor(struct cpu *c, const struct uop *u)
     unsigned n = env_bytes(u);
     fpu_gate(c, u, GATE_X87);
     fpu_wait(c, u);
-    mem_read_bytes(c, u, ea_linear(c, u, n + 80, false), bytes, n + 80);
+    readable(c, u, bytes, n + 80);
     get_env(c, u, bytes, &save.env);
     memcpy(save.st, bytes + n, 80);
     __asm__ volatile("frstor %0" : : "m"(save));
