@@ -211,7 +211,7 @@ _Noreturn void raise_trap(struct cpu *c, const struct uop *u, enum vector v);
 void fault_deliver(struct cpu *c);
 /* External interrupts, NMI: kind as B defines it in fault.h. */
 
-/* ---- run loop's hooks (B): only called while c->single, RFLAGS.TF or RFLAGS.RF asks for it ---- */
+/* ---- run loop's hooks (B): only called while c->single or RFLAGS.TF asks for it ---- */
 void debug_before(struct cpu *c);          /* instruction breakpoints, RF; may raise_fault(c, NULL, VEC_DB) */
 void debug_after(struct cpu *c, bool tf);  /* single-step and pending data or port breakpoints; raises #DB as a trap, rip is behind */
 

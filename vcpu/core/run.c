@@ -3,7 +3,7 @@
  * the instruction before (debug_after), NMI, interrupts, instruction breakpoints (debug_before), then the instruction.
  *
  * Blocks run without coming back here until something asks for it: attention, the budget, an instruction that may have
- * changed mode or mapping. One instruction at a time runs while an interrupt shadow, TF, RF or debug registers ask for it.
+ * changed mode or mapping. One instruction at a time runs while an interrupt shadow, TF or debug registers ask for it.
  */
 #include "apic.h"
 #include "api.h"
@@ -137,7 +137,7 @@ static void execute(struct cpu *c, struct block *b)
 static void execute_single(struct cpu *c)
 {
     struct cpu_arch *a = ARCH(c);
-    bool tf = a->rflags & FLAG_TF, debug = c->single || a->rflags & FLAG_RF;
+    bool tf = a->rflags & FLAG_TF, debug = c->single;
     if (debug) {
         debug_before(c);
         a->rflags &= ~(uint64_t)FLAG_RF; /* an instruction that sets it (IRET) does so after this */
@@ -187,7 +187,10 @@ static int loop(struct cpu *c)
             return EXIT_BUDGET;
         }
         mode_update(c);
-        if (unlikely(a->inhibit || a->rflags & (FLAG_TF | FLAG_RF) || c->single)) {
+        if (unlikely(a->rflags & FLAG_RF && !c->single)) {
+            a->rflags &= ~(uint64_t)FLAG_RF; /* no breakpoint to hold back: every IRET from a fault sets it */
+        }
+        if (unlikely(a->inhibit || a->rflags & FLAG_TF || c->single)) {
             execute_single(c);
             continue;
         }
