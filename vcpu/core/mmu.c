@@ -79,6 +79,32 @@ void mmu_set_mode(struct cpu *c)
     c->tlb = c->tlbs[checked ? TLB_CHECKED : mode_now(c)];
 }
 
+/* ---- Bloom filters over pages: see system_state.h */
+
+static unsigned filter_bit(uint64_t number, unsigned bits) { return (unsigned)(number * 0x9e3779b97f4a7c15u >> (64 - bits)); }
+
+static void filter_add(uint64_t *filter, uint64_t number, unsigned bits)
+{
+    unsigned bit = filter_bit(number, bits);
+    filter[bit / 64] |= 1ull << bit % 64;
+}
+
+static bool filter_has(const uint64_t *filter, uint64_t number, unsigned bits)
+{
+    unsigned bit = filter_bit(number, bits);
+    return filter[bit / 64] >> bit % 64 & 1;
+}
+
+#define LARGE_BITS 12
+#define EXEC_BITS 14
+
+static void filters_clear(struct cpu *c)
+{
+    memset(c->sys.large_filter, 0, sizeof c->sys.large_filter);
+    memset(c->sys.exec_filter, 0, sizeof c->sys.exec_filter);
+    c->sys.large_pages = false;
+}
+
 static void entry_clear(struct tlb_entry *e) { e->read = e->write = e->exec = TLB_INVALID; }
 
 void mmu_flush(struct cpu *c, bool global)
@@ -101,7 +127,7 @@ void mmu_flush(struct cpu *c, bool global)
         }
     }
     if (global) {
-        c->sys.large_filter = 0;
+        filters_clear(c);
         c->sys.region.size = 0;
     }
     jump_cache_flush(c);
@@ -115,7 +141,7 @@ void mmu_reset(struct cpu *c)
         }
     }
     c->sys.tlb_used = 0;
-    c->sys.large_filter = 0;
+    filters_clear(c);
     c->sys.region.size = 0;
     memset(c->sys.tlb_global, 0, sizeof c->sys.tlb_global);
     jump_cache_flush(c);
@@ -125,11 +151,11 @@ void mmu_reset(struct cpu *c)
 void mmu_flush_page(struct cpu *c, uint64_t lin)
 {
     bool pse = !mode_long(c) && !(ARCH(c)->cr4 & CR4_PAE);
-    if (pse && c->sys.large_filter) {
+    if (pse && c->sys.large_pages) {
         mmu_flush(c, true);
         return;
     }
-    bool large = c->sys.large_filter >> ((lin >> 21) & 63) & 1;
+    bool large = filter_has(c->sys.large_filter, lin >> 21, LARGE_BITS);
     for (unsigned m = 0; m < TLB_CHECKED; m++) {
         if (large) {
             for (unsigned i = 0; i < TLB_SIZE; i++) {
@@ -142,7 +168,9 @@ void mmu_flush_page(struct cpu *c, uint64_t lin)
             entry_clear(&c->tlbs[m][(lin >> 12) & (TLB_SIZE - 1)]);
         }
     }
-    jump_cache_flush(c);
+    if (large || filter_has(c->sys.exec_filter, lin >> 12, EXEC_BITS)) {
+        jump_cache_flush(c);
+    }
 }
 
 static void fill(struct cpu *c, unsigned mode, uint64_t lin, enum mmu_access access, const struct walk *w,
@@ -159,6 +187,7 @@ static void fill(struct cpu *c, unsigned mode, uint64_t lin, enum mmu_access acc
     bool same = r->flags & REGION_WRITE && r->flags & REGION_READ && r->read_offset == r->write_offset;
     if (access == MMU_EXEC) {
         e->exec = page;
+        filter_add(c->sys.exec_filter, lin >> 12, EXEC_BITS);
     } else if (r->flags & REGION_READ && (same || access == MMU_READ)) {
         e->read = page;
         uint8_t *dirty = &c->dirty[(host - c->guest) >> 12];
@@ -172,7 +201,8 @@ static void fill(struct cpu *c, unsigned mode, uint64_t lin, enum mmu_access acc
     c->sys.tlb_used |= 1u << mode;
     c->sys.tlb_global[mode][slot / 64] |= (uint64_t)w->global << slot % 64;
     if (w->large) {
-        c->sys.large_filter |= 1ull << ((lin >> 21) & 63);
+        filter_add(c->sys.large_filter, lin >> 21, LARGE_BITS);
+        c->sys.large_pages = true;
     }
     c->s.tlb_fills++;
 }
@@ -290,11 +320,25 @@ static uint64_t next_page(const struct cpu *c, uint64_t lin)
     return mode_64(c) ? next : (uint32_t)next;
 }
 
-static void check_access(struct cpu *c, const struct uop *u, uint64_t lin, unsigned n, bool write)
+/* #GP or #SS unless all bytes lie in canonical form: goes before what their pages have to say. */
+static void check_canonical(struct cpu *c, const struct uop *u, uint64_t lin, unsigned n)
 {
+    if (mode_64(c) && !(is_canonical(lin) && is_canonical(lin + (n - 1)))) {
+        raise_noncanonical(c, u);
+    }
+}
+
+/* Then alignment, as the hosts seen do it; the manuals leave the order of #AC and #PF open. */
+static void check_address(struct cpu *c, const struct uop *u, uint64_t lin, unsigned n)
+{
+    check_canonical(c, u, lin, n);
     if (alignment_checked(c) && n <= 8 && lin & (n - 1)) {
         raise_fault_code(c, u, VEC_AC, 0);
     }
+}
+
+static void note_access(struct cpu *c, uint64_t lin, unsigned n, bool write)
+{
     if (c->sys.debug_data) {
         debug_access(c, lin, n, write);
     }
@@ -303,12 +347,15 @@ static void check_access(struct cpu *c, const struct uop *u, uint64_t lin, unsig
 static void read_as(struct cpu *c, const struct uop *u, uint64_t lin, void *to, unsigned n, unsigned mode, bool explicit)
 {
     unsigned first = in_page(lin, n);
+    if (explicit) {
+        check_address(c, u, lin, n);
+    }
     struct place a = locate(c, u, lin, MMU_READ, mode), b = {0};
     if (first < n) {
         b = locate(c, u, next_page(c, lin), MMU_READ, mode);
     }
     if (explicit) {
-        check_access(c, u, lin, n, false);
+        note_access(c, lin, n, false);
     }
     place_read(c, u, &a, to, first);
     if (first < n) {
@@ -323,12 +370,15 @@ static void write_as(struct cpu *c, const struct uop *u, uint64_t lin, const voi
                      bool explicit)
 {
     unsigned first = in_page(lin, n);
+    if (explicit) {
+        check_address(c, u, lin, n);
+    }
     struct place a = locate(c, u, lin, MMU_WRITE, mode), b = {0};
     if (first < n) {
         b = locate(c, u, next_page(c, lin), MMU_WRITE, mode);
     }
     if (explicit) {
-        check_access(c, u, lin, n, true);
+        note_access(c, lin, n, true);
     }
     place_write(c, u, &a, from, first);
     if (first < n) {
@@ -394,6 +444,7 @@ void mmu_or_super(struct cpu *c, const struct uop *u, uint64_t lin, uint8_t bits
 
 static void probe(struct cpu *c, const struct uop *u, uint64_t lin, unsigned n, enum mmu_access access)
 {
+    check_canonical(c, u, lin, n);
     locate(c, u, lin, access, mode_now(c));
     if (in_page(lin, n) < n) {
         locate(c, u, next_page(c, lin), access, mode_now(c));
@@ -406,8 +457,9 @@ void mem_probe_read(struct cpu *c, const struct uop *u, uint64_t lin, unsigned n
 
 COLD void *mem_rmw_slow(struct cpu *c, const struct uop *u, uint64_t lin, unsigned n)
 {
+    check_address(c, u, lin, n);
     probe(c, u, lin, n, MMU_WRITE);
-    check_access(c, u, lin, n, true);
+    note_access(c, lin, n, true);
     const struct tlb_entry *e = &c->tlbs[mode_now(c)][(lin >> 12) & (TLB_SIZE - 1)];
     return in_page(lin, n) == n && e->write == PAGE(lin) ? (void *)(lin + e->addend) : NULL;
 }

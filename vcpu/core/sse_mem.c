@@ -29,6 +29,9 @@ static void *operand_at(struct cpu *c, const struct uop *u, uint64_t lin, uint32
     if (write ? tlb_writes(e, lin, n) : tlb_reads(e, lin, n)) {
         return (void *)(lin + e->addend);
     }
+    if (canonical(lin) && canonical(lin + (n - 1))) {
+        host_align(c, u, lin, n == 10 ? 8 : n <= 8 ? n : 1); /* SDM vol. 3 table 6-7; 16 bytes: as the CPUs do */
+    }
     if (write) {
         c->stubs->store_lin = lin;
         mem_probe_write(c, u, lin, n);
@@ -38,7 +41,6 @@ static void *operand_at(struct cpu *c, const struct uop *u, uint64_t lin, uint32
     } else {
         mem_read_bytes(c, u, lin, c->stubs->bounce, n);
     }
-    host_align(c, u, lin, n == 10 ? 8 : n <= 8 ? n : 1); /* SDM vol. 3 table 6-7; 16 bytes: as the CPUs do */
     return c->stubs->bounce;
 }
 
