@@ -71,18 +71,28 @@ def compile_c(source: str, *flags: str) -> bytes:
 
 
 class Flat:
-    """One vCPU, `ram` bytes (at most 1 GiB)."""
+    """One vCPU of a machine with `ram` bytes (at most 1 GiB)."""
 
-    def __init__(self, ram: int = 16 << 20) -> None:
-        self.segment = Segment.create(vcpus=1, ram=ram)
-        at = self.segment.guest_offset
-        self.segment.publish_map([Region(0, ram, 3, at, at)])
-        self.segment.start_time()
-        self.cpu = lib.core_create(self.segment.fd, 0, ffi.NULL)
+    def __init__(
+        self, ram: int = 16 << 20, vcpus: int = 1, segment: Segment | None = None, index: int = 0
+    ) -> None:
+        """With `segment`: another vCPU of a machine that exists, its memory left as it is."""
+        if segment is None:
+            self.segment = Segment.create(vcpus=vcpus, ram=ram)
+            at = self.segment.guest_offset
+            self.segment.publish_map([Region(0, ram, 3, at, at)])
+            self.segment.start_time()
+        else:
+            self.segment = segment
+        self.cpu = lib.core_create(self.segment.fd, index, ffi.NULL)
         assert self.cpu != ffi.NULL, ffi.string(lib.core_error()).decode()
         self.block = lib.core_block(self.cpu)
         self.arch: Any = self.block.arch
-        self.clear()
+        self.stack = STACK + index * 0x1000
+        if segment is None:
+            self.clear()
+        else:
+            self.reset()
 
     def clear(self) -> None:
         """Empty memory with page tables in it, and reset()."""
@@ -111,7 +121,8 @@ class Flat:
             seg.base, seg.limit, seg.attr, seg.selector = 0, 0xFFFFFFFF, attr, 0x08 if i == 1 else 0x10
         for i in range(16):
             arch.gpr[i] = 0
-        arch.gpr[REGISTERS["rsp"]] = STACK
+        arch.gpr[REGISTERS["rsp"]] = self.stack
+        arch.activity = lib.ACT_RUNNING  # also of an AP
         arch.rip = CODE
         lib.core_halt_exits(self.cpu, 1)
         lib.core_state_changed(self.cpu)

@@ -27,7 +27,7 @@
 #define HASH_BITS 16
 #define MAX_UOPS 64          /* a block */
 #define ROOM (MAX_UOPS + 4)  /* the last instruction's privilege check, a goto */
-#define MARK_AHEAD 64        /* bytes marked before it is known how long the block is */
+#define MARK_AHEAD 256       /* bytes marked before it is known how long the block is */
 
 struct block_cache {
     uint8_t *arena;

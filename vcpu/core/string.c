@@ -30,11 +30,11 @@ static inline bool repeated(const struct uop *u) { return u->mode & (UOP_REP | U
         WR_##B(c, RAX, mem_read##B(c, u, string_source(c, u, B / 8)));                            \
         string_advance(c, u, RSI, STEP(B));                                                       \
     }                                                                                             \
-    /* compares: leave the operands in lazy form; returns whether they are equal */               \
+    /* compares: the operands, and whether they are equal. ES:RDI is looked at first, as hardware does where both fault */ \
     static inline bool cmps_one_##B(struct cpu *c, const struct uop *u, U(B) *x, U(B) *y)         \
     {                                                                                             \
-        *x = mem_read##B(c, u, string_source(c, u, B / 8));                                       \
         *y = mem_read##B(c, u, string_target(c, u, B / 8, false));                                \
+        *x = mem_read##B(c, u, string_source(c, u, B / 8));                                       \
         string_advance(c, u, RSI, STEP(B));                                                       \
         string_advance(c, u, RDI, STEP(B));                                                       \
         return *x == *y;                                                                          \
