@@ -277,6 +277,20 @@ def test_a_stale_translation_goes_with_invlpg_and_cr3(make_guest: Make, mode: st
         assert guest.done and (guest.rcx, guest.rdx) == (0x11111111, 0x22222222)
 
 
+@pytest.mark.parametrize("mode", PAGED)
+def test_code_is_found_where_the_page_is_now(make_guest: Make, mode: str) -> None:
+    """The same linear address leads to other code after INVLPG."""
+    guest = make_guest(mode)
+    guest.write(DATA, bytes.fromhex("ffc1c3"))  # inc ecx; ret
+    guest.write(SCRATCH, bytes.fromhex("ffc2c3"))  # inc edx; ret
+    target, entry = ("rbx", "rdi") if mode == "long" else ("ebx", "edi")
+    guest.run(
+        f"mov {target}, {DATA:#x}\n mov {entry}, {guest.pte(DATA):#x}\n call {target}\n call {target}\n"
+        f"mov dword ptr [{entry}], {SCRATCH | 7:#x}\n invlpg [{target}]\n call {target}\n call {target}"
+    )
+    assert guest.done and (guest.rcx, guest.rdx) == (2, 2)
+
+
 def test_invlpg_drops_all_of_a_large_page(make_guest: Make) -> None:
     """Section 4.10.4.1: every translation of the page, also those for other 4 KiB of it."""
     guest = make_guest("long")
