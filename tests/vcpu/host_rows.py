@@ -53,14 +53,17 @@ def _memory(rnd: random.Random) -> tuple[bytes, int, Case]:
     return bytes([mod << 6 | 4, sib]) + tail, base >> 3 | index >> 3 << 1, Case(b"", base, index, scale, disp)
 
 
-def encode(row: Row, form: str, rnd: random.Random) -> Case:
-    """A random encoding of a row for 64-bit mode; RSP is no operand."""
+def encode(row: Row, form: str, rnd: random.Random, base: int | None = None, disp: int = 0) -> Case:
+    """A random encoding of a row for 64-bit mode; RSP is no operand. With a base (RBX, RSI or RDI), the
+    memory operand is [base + disp], and no other operand is that register."""
     kinds = {operand.kind for operand in row.operands}
-    choices = [r for r in range(16) if r != 4]
+    choices = [r for r in range(16) if r not in (4, base)]
     reg = row.ext if row.ext is not None else rnd.choice(choices if "G" in kinds else range(16))
     case, tail, rex = Case(b""), b"", reg >> 3 << 2
     if form == "m":
         tail, bits, case = _memory(rnd)
+        if base is not None:
+            tail, bits = bytes([0x80 | base]) + struct.pack("<i", disp), 0
         rex |= bits
         tail = bytes([tail[0] | (reg & 7) << 3]) + tail[1:]
     elif row.modrm:
@@ -176,7 +179,7 @@ class Pair:
         guest.arch.gpr[4] = 0x1F800
         guest.arch.rip = CODE
         guest.changed()
-        lib.core_run(guest.cpu, 3)
+        lib.core_run(guest.cpu, 50)
         after = self._leave()
         after.gpr[4] = state.gpr[4]
         if guest.rip == CODE + len(code):
@@ -221,6 +224,37 @@ class Pair:
             at = ST + 16 * i
             assert got.fx[at:at + n] == expected.fx[at:at + n], f"{'ST' if i < 8 else 'XMM'}{i & 7}: {what}"
         return 0
+
+
+    def check_run(self, cases: list[Case], state: native.State, rnd: random.Random) -> int:
+        """Instructions that follow one another, with memory operands [RBX + disp] in the window's third page;
+        returns the exception. Where one faults, those before it have been executed and nothing else."""
+        state.gpr[3] = WINDOW + 8192
+        memory = b"".join(vector(rnd) for _ in range(512))
+        self.host.write(WINDOW + 4096, memory)
+        self.guest.write(WINDOW_GPA + 4096, memory)
+        code = b"".join(case.code for case in cases)
+        what = " ".join(f"[{case.code.hex()}]" for case in cases)
+        got, fault = self.run_guest(state, code)
+        done = code
+        if fault:
+            stack = self.guest.stack()
+            done = code[:stack[1 if fault in (13, 14, 17) else 0] - CODE]
+        if fault:
+            assert native.run(state, code)[1] == fault, what
+            self.host.write(WINDOW + 4096, memory)
+        expected, trap = native.run(state, done)
+        assert trap == 0, what
+        stored = self.guest.segment.dma_read(WINDOW_GPA + 4096, 8192)
+        assert stored == self.host.read(WINDOW + 4096, 8192), what
+        assert [hex(v) for v in got.gpr] == [hex(v) for v in expected.gpr], what
+        assert got.fx[XMM:] == expected.fx[XMM:], what
+        assert got.rflags & STATUS == expected.rflags & STATUS, what
+        if not fault:
+            assert got.fx[:4] == expected.fx[:4] and got.word(MXCSR, 4) == expected.word(MXCSR, 4), what
+            for at in range(ST, XMM, 16):
+                assert got.fx[at:at + 10] == expected.fx[at:at + 10], what
+        return fault
 
 
 def targets(rnd: random.Random, n: int) -> Iterator[int]:

@@ -180,7 +180,8 @@ def test_state_survives_between_runs(make_guest: Make) -> None:
 
 @pytest.mark.parametrize(("instruction", "align"), [
     ("fld dword ptr [rbx]", 4), ("fst qword ptr [rbx]", 8), ("fstp tbyte ptr [rbx]", 8),
-    ("fild word ptr [rbx]", 2), ("fld tbyte ptr [rbx]", 8), ("fnstenv [rbx]", 4), ("fnsave [rbx]", 4), ("fldcw [rbx]", 2),
+    ("fild word ptr [rbx]", 2), ("fld tbyte ptr [rbx]", 8), ("fldcw [rbx]", 2),
+    ("fnstenv [rbx]", 4), ("fnsave [rbx]", 4),
     ("movsd xmm0, [rbx]", 8), ("movups xmm0, [rbx]", 1), ("movss [rbx], xmm0", 4)])
 def test_alignment_check(make_guest: Make, instruction: str, align: int) -> None:
     """SDM vol. 3 table 6-7. Nothing has happened when it is raised: a store has not popped."""

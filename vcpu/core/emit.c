@@ -1,14 +1,17 @@
 /*
- * Machine code of a host stub. A stub is a handler like any other: rdi = c, rsi = u, both intact
- * until it jumps to the next one; it uses rax rcx rdx r8 r9 and xmm0-2. Where the stub traps
- * (SIGFPE), rdi and rsi are right and the stack is as at entry.
+ * Machine code of a host stub: one or more instructions that follow one another. A stub is a handler like any
+ * other: rdi = c, rsi = u; rsi goes along, so that it is right wherever an instruction may fault or calls C.
+ * Where the stub traps (SIGFPE) the stack is as at entry. rax rcx rdx r8 r9 are scratch. Each instruction:
  *
- *     gate        CR0.EM, CR0.TS, CR4.OSFXSR, once a block
+ *     gate        CR0.EM, CR0.TS, CR4.OSFXSR; once a block
  *     operand     r8 = host address: inline for 64-bit addresses that hit the TLB, else host_miss(), host_operand()
- *     load        registers the instruction reads
- *     the instruction, with xmm0/xmm1, ecx/edx and [r8] for the guest's operands
- *     commit      registers and flags it writes; x87 pointers; code-page test behind a store
- *     next        rsi += sizeof(struct uop), jump to u->fn
+ *     load        registers it reads: XMM registers, unless the stub holds them; ecx/edx for general ones
+ *     the instruction, with the guest's own XMM, MMX and x87 registers
+ *     commit      what it wrote, to struct cpu; x87 pointers; code-page test behind a store
+ *     step        rsi += sizeof(struct uop)
+ *
+ * and in the end a jump to u->fn. A store that hit code or took the slow path goes on by that jump too: the
+ * instructions behind it may have been dropped. The rare paths stand behind the code.
  */
 #include "decode.h"
 #include "host.h"
@@ -16,9 +19,23 @@
 
 enum { AX, CX, DX, BX, SP, BP, SI, DI, X8, X9 };
 
+struct rare {                    /* a path taken seldom */
+    uint8_t *from;               /* behind the jump to it */
+    const uint8_t *back;         /* NULL: goes on by dispatch */
+    const struct stub_form *f;
+    uint32_t held;
+    enum { RARE_LOAD, RARE_STORE, RARE_CODE } kind;
+};
+
 struct code {
     uint8_t *at;
-    const struct stub_form *f;
+    const struct stub_form *f;   /* the instruction in hand */
+    bool mode64;
+    uint32_t held;               /* bit i: the host's xmm i holds the guest's (memory always does) */
+    unsigned passed;             /* gate */
+    unsigned rares, failed_gates;
+    struct rare rare[2 * RUN_MAX];
+    uint8_t *failed_gate[2 * RUN_MAX];
 };
 
 static void byte(struct code *e, unsigned value) { *e->at++ = (uint8_t)value; }
@@ -94,9 +111,7 @@ static uint8_t *jump(struct code *e, unsigned condition)
 static void land(struct code *e, uint8_t *from)
 {
     uint32_t distance = (uint32_t)(e->at - from);
-    if (from) {
-        memcpy(from - 4, &distance, 4);
-    }
+    memcpy(from - 4, &distance, 4);
 }
 
 static void jump_back(struct code *e, const uint8_t *to)
@@ -113,7 +128,7 @@ static void load_address(struct code *e, uintptr_t address)
     e->at += 8;
 }
 
-/* Calls f(rdi, rsi, rdx, rcx) and keeps rdi, rsi and r9; three pushes align the stack. Result in rax. */
+/* Calls f(rdi, rsi, rdx, rcx) and keeps rdi, rsi and r9; three pushes align the stack. Result in rax; XMM registers are lost. */
 static void call(struct code *e, uintptr_t f)
 {
     byte(e, 0x57);
@@ -135,13 +150,14 @@ static void mov_imm(struct code *e, unsigned reg, uint32_t value)
     word32(e, value);
 }
 
-static void next(struct code *e)
+static void step(struct code *e)
 {
     ins_reg(e, 0x83, true, 0, SI);
     byte(e, sizeof(struct uop));
-    ins_mem(e, 0xff, false, 4, SI, offsetof(struct uop, fn));
 }
-_Static_assert(sizeof(struct uop) < 128 && offsetof(struct uop, fn) == 0, "next() has a byte for it");
+
+static void dispatch(struct code *e) { ins_mem(e, 0xff, false, 4, SI, offsetof(struct uop, fn)); }
+_Static_assert(sizeof(struct uop) < 128 && offsetof(struct uop, fn) == 0, "step() has a byte for it");
 
 #define ARCH_OFF(member) offsetof(struct cpu, s.arch.member)
 #define GPR_OFF(i) (ARCH_OFF(gpr) + 8u * (i))
@@ -149,16 +165,31 @@ _Static_assert(sizeof(struct uop) < 128 && offsetof(struct uop, fn) == 0, "next(
 #define FPU_OFF(member) ARCH_OFF(fpu.member)
 _Static_assert(ARCH_OFF(vec) % 16 == 0, "stubs use aligned moves");
 
-static void load_xmm(struct code *e, unsigned xmm, unsigned guest)
+static void move_xmm(struct code *e, unsigned op, unsigned xmm)
 {
-    opcode(e, 0, 1, 0x28, false, xmm, DI); /* movaps */
-    modrm_mem(e, xmm, DI, (int32_t)VEC_OFF(guest));
+    opcode(e, 0, 1, op, false, xmm, DI); /* movaps */
+    modrm_mem(e, xmm, DI, (int32_t)VEC_OFF(xmm));
+    e->held |= 1u << xmm;
 }
 
-static void store_xmm(struct code *e, unsigned xmm, unsigned guest)
+static void need_xmm(struct code *e, unsigned xmm)
 {
-    opcode(e, 0, 1, 0x29, false, xmm, DI);
-    modrm_mem(e, xmm, DI, (int32_t)VEC_OFF(guest));
+    if (!(e->held >> xmm & 1)) {
+        move_xmm(e, 0x28, xmm);
+    }
+}
+
+static void store_xmm(struct code *e, unsigned xmm) { move_xmm(e, 0x29, xmm); }
+
+/* After a call */
+static void reload(struct code *e, uint32_t held)
+{
+    e->held = 0;
+    for (unsigned i = 0; i < 16; i++) {
+        if (held >> i & 1) {
+            need_xmm(e, i);
+        }
+    }
 }
 
 static void load_gpr(struct code *e, unsigned reg, unsigned guest) { ins_mem(e, 0x8b, true, reg, DI, GPR_OFF(guest)); }
@@ -181,50 +212,61 @@ static void test_byte(struct code *e, size_t offset, unsigned mask)
     byte(e, mask);
 }
 
-/* Jumps to host_gate() go over the stub's end: failed[] collects them. */
-static void gate(struct code *e, uint8_t *failed[2])
+static void fails(struct code *e, unsigned condition) { e->failed_gate[e->failed_gates++] = jump(e, condition); }
+
+static void gate(struct code *e)
 {
-    switch ((enum fpu_gate)e->f->row->gate) {
-    case GATE_NONE:
-        break;
-    case GATE_WAIT:
+    unsigned wanted = e->f->row->gate;
+    if (wanted == GATE_WAIT && e->passed < GATE_MMX) {
         ins_mem(e, 0x8b, false, AX, DI, ARCH_OFF(cr0));
         and_imm(e, AX, false, CR0_MP | CR0_TS);
         ins_reg(e, 0x83, false, 7, AX);
         byte(e, CR0_MP | CR0_TS);
-        failed[0] = jump(e, IF_E);
-        break;
-    case GATE_SSE:
-        test_byte(e, ARCH_OFF(cr4) + 1, CR4_OSFXSR >> 8);
-        failed[1] = jump(e, IF_E);
-        /* fall through */
-    case GATE_MMX:
-    case GATE_X87:
-        test_byte(e, ARCH_OFF(cr0), CR0_EM | CR0_TS);
-        failed[0] = jump(e, IF_NE);
-        break;
+        fails(e, IF_E);
     }
+    if (wanted == GATE_WAIT || wanted <= e->passed) {
+        return;
+    }
+    if (wanted == GATE_SSE) {
+        test_byte(e, ARCH_OFF(cr4) + 1, CR4_OSFXSR >> 8);
+        fails(e, IF_E);
+    }
+    if (e->passed < GATE_MMX) {
+        test_byte(e, ARCH_OFF(cr0), CR0_EM | CR0_TS);
+        fails(e, IF_NE);
+    }
+    e->passed = wanted;
 }
 
 /* r8 = linear address, r9 = offset in the segment (for FDP) */
 static void effective_address(struct code *e)
 {
     const struct uop *u = &e->f->u;
-    ins_mem(e, 0x63, true, X8, SI, offsetof(struct uop, disp)); /* movsxd */
-    if (u->base != R_ZERO) {
-        ins_mem(e, 0x03, true, X8, DI, GPR_OFF(u->base));
+    if (u->base == R_ZERO) {
+        byte(e, 0x49), byte(e, 0xc7), byte(e, 0xc0); /* mov r8, imm32 */
+        word32(e, (uint32_t)u->disp);
+    } else {
+        load_gpr(e, X8, u->base);
     }
     if (u->index != R_ZERO) {
         load_gpr(e, AX, u->index);
-        byte(e, 0x4d); /* lea r8, [r8 + rax << scale] */
-        byte(e, 0x8d);
-        byte(e, 0x04);
-        byte(e, u->scale << 6);
+        byte(e, 0x4d), byte(e, 0x8d), byte(e, 0x04), byte(e, u->scale << 6); /* lea r8, [r8 + rax << scale] */
     }
-    ins_reg(e, 0x89, true, X8, X9);
+    if (u->base != R_ZERO && u->disp) {
+        ins_reg(e, 0x81, true, 0, X8);
+        word32(e, (uint32_t)u->disp);
+    }
+    if (e->f->row->bits & HOSTF_POINTERS) {
+        ins_reg(e, 0x89, true, X8, X9);
+    }
     if (u->seg == FS || u->seg == GS) {
         ins_mem(e, 0x03, true, X8, DI, ARCH_OFF(seg) + u->seg * sizeof(struct seg_reg) + offsetof(struct seg_reg, base));
     }
+}
+
+static void rare(struct code *e, uint8_t *from, const uint8_t *back, unsigned kind)
+{
+    e->rare[e->rares++] = (struct rare){from, back, e->f, e->held, kind};
 }
 
 /* r8: linear to host address. Returns the jump taken on a miss; r8 is still linear there. */
@@ -272,10 +314,14 @@ static void commit_flags(struct code *e)
 /* FIP, FDP, FOP of an x87 instruction that is not a control one. r9: offset of the memory operand */
 static void note_pointers(struct code *e)
 {
-    if (!e->f->mode64) {
+    if (!(e->f->row->bits & HOSTF_POINTERS)) {
+        return;
+    }
+    if (!e->mode64) {
         mov_imm(e, DX, e->f->fop);
         mov_imm(e, CX, memory_form(e->f));
         call(e, (uintptr_t)host_note_pointers);
+        e->held = 0;
         return;
     }
     byte(e, 0x0f); /* movzx ecx, word [rsi + ioff] */
@@ -290,76 +336,49 @@ static void note_pointers(struct code *e)
     }
 }
 
-/* Load, instruction, commit. Operands: xmm0 (reg) and xmm1 (rm), one further where XMM0 is implied; ecx (reg), edx (rm); [r8] */
-static void body(struct code *e)
+/* ModRM.reg and ModRM.rm as the host's instruction has them; loads what it reads. */
+static void load_operands(struct code *e, unsigned *reg, unsigned *rm)
 {
     const struct host_row *row = e->f->row;
     const struct uop *u = &e->f->u;
-    bool memory = memory_form(e->f), implied = row->bits & (HOSTF_XMM0_R | HOSTF_XMM0_W);
-    unsigned reg, rm;
-    if (row->bits & HOSTF_CONDITION) {
-        call(e, (uintptr_t)host_status_flags);
-        byte(e, 0x88), byte(e, 0xc4); /* mov ah, al */
-        byte(e, 0x9e);                /* sahf */
+    *reg = row->ext != 0xff ? row->ext : row->reg_class == HOST_GPR ? CX : row->reg_class == HOST_XMM ? u->reg : u->reg & 7;
+    *rm = memory_form(e->f) ? X8 : row->rm != 0xff ? row->rm : row->rm_class == HOST_GPR ? DX
+        : row->rm_class == HOST_XMM ? u->rm : u->rm & 7;
+    if (row->reg_access & HOST_R && row->reg_class == HOST_XMM) {
+        need_xmm(e, u->reg);
+    } else if (row->reg_access & HOST_R && row->reg_class == HOST_GPR) {
+        load_gpr(e, CX, u->reg);
     }
-    if (row->reg_class == HOST_XMM) {
-        reg = implied ? 1 : 0;
-        if (row->reg_access & HOST_R) {
-            load_xmm(e, reg, u->reg);
-        }
-    } else if (row->reg_class == HOST_GPR) {
-        reg = CX;
-        if (row->reg_access & HOST_R) {
-            load_gpr(e, reg, u->reg);
-        }
-    } else {
-        reg = row->ext != 0xff ? row->ext : u->reg & 7;
-    }
-    if (memory) {
-        rm = X8;
-    } else if (row->rm_class == HOST_XMM) {
-        rm = implied ? 2 : 1;
-        if (row->rm_access & HOST_R) {
-            load_xmm(e, rm, u->rm);
-        }
-    } else if (row->rm_class == HOST_GPR) {
-        rm = DX;
-        if (row->rm_access & HOST_R) {
-            load_gpr(e, rm, u->rm);
-        }
-    } else {
-        rm = row->rm != 0xff ? row->rm : u->rm & 7;
+    if (!memory_form(e->f) && row->rm_access & HOST_R && row->rm_class == HOST_XMM) {
+        need_xmm(e, u->rm);
+    } else if (!memory_form(e->f) && row->rm_access & HOST_R && row->rm_class == HOST_GPR) {
+        load_gpr(e, DX, u->rm);
     }
     if (row->bits & HOSTF_XMM0_R) {
-        load_xmm(e, 0, 0);
+        need_xmm(e, 0);
     }
     if (row->bits & HOSTF_EAX_EDX) {
         load_gpr(e, AX, RAX);
         load_gpr(e, DX, RDX);
     }
-    opcode(e, row->prefix, row->map, row->opcode, wide(e->f), row->bits & HOSTF_MODRM ? reg : 0, row->bits & HOSTF_MODRM ? rm : 0);
-    if (row->bits & HOSTF_MODRM) {
-        if (memory) {
-            modrm_mem(e, reg, rm, 0);
-        } else {
-            modrm_reg(e, reg, rm);
-        }
-    }
-    if (row->bits & HOSTF_IMM) {
-        byte(e, (uint8_t)u->imm);
-    }
+}
+
+static void commit(struct code *e)
+{
+    const struct host_row *row = e->f->row;
+    const struct uop *u = &e->f->u;
     if (row->reg_access & HOST_W && row->reg_class == HOST_XMM) {
-        store_xmm(e, reg, u->reg);
+        store_xmm(e, u->reg);
     } else if (row->reg_access & HOST_W && row->reg_class == HOST_GPR) {
-        store_gpr(e, reg, u->reg);
+        store_gpr(e, CX, u->reg);
     }
-    if (!memory && row->rm_access & HOST_W && row->rm_class == HOST_XMM) {
-        store_xmm(e, rm, u->rm);
-    } else if (!memory && row->rm_access & HOST_W && row->rm_class == HOST_GPR) {
-        store_gpr(e, rm, u->rm);
+    if (!memory_form(e->f) && row->rm_access & HOST_W && row->rm_class == HOST_XMM) {
+        store_xmm(e, u->rm);
+    } else if (!memory_form(e->f) && row->rm_access & HOST_W && row->rm_class == HOST_GPR) {
+        store_gpr(e, DX, u->rm);
     }
     if (row->bits & HOSTF_XMM0_W) {
-        store_xmm(e, 0, 0);
+        store_xmm(e, 0);
     }
     if (row->bits & HOSTF_ECX_W) {
         store_gpr(e, CX, RCX);
@@ -373,6 +392,34 @@ static void body(struct code *e)
     }
 }
 
+/* Load, instruction, commit; a memory operand is at r8, which stays. */
+static void body(struct code *e)
+{
+    const struct host_row *row = e->f->row;
+    unsigned reg, rm;
+    if (row->bits & HOSTF_CONDITION) {
+        call(e, (uintptr_t)host_status_flags);
+        e->held = 0;
+        byte(e, 0x88), byte(e, 0xc4); /* mov ah, al */
+        byte(e, 0x9e);                /* sahf */
+    }
+    load_operands(e, &reg, &rm);
+    if (!(row->bits & HOSTF_MODRM)) {
+        opcode(e, row->prefix, row->map, row->opcode, false, 0, 0);
+    } else {
+        opcode(e, row->prefix, row->map, row->opcode, wide(e->f), reg, rm);
+        if (memory_form(e->f)) {
+            modrm_mem(e, reg, rm, 0);
+        } else {
+            modrm_reg(e, reg, rm);
+        }
+    }
+    if (row->bits & HOSTF_IMM) {
+        byte(e, (uint8_t)e->f->u.imm);
+    }
+    commit(e);
+}
+
 /* mov rdx, r8; mov ecx, descriptor; call */
 static void call_memory(struct code *e, uintptr_t f)
 {
@@ -381,49 +428,37 @@ static void call_memory(struct code *e, uintptr_t f)
     call(e, f);
 }
 
-/* The operand through C: host_operand() works the address out, host_miss() has it in r8. Result in r8 */
-static void slow_operand(struct code *e, bool have_address)
+/* Behind a store that may have hit code: body and pointers are done, what follows may be another instruction now. */
+static void go_on(struct code *e)
 {
-    if (have_address) {
-        call_memory(e, (uintptr_t)host_miss);
-    } else {
-        mov_imm(e, DX, descriptor(e->f));
-        call(e, (uintptr_t)host_operand);
-    }
+    note_pointers(e);
+    step(e);
+    dispatch(e);
+}
+
+/* Segmented or shortened addresses: the operand through C. Returns whether the instruction was finished with a dispatch. */
+static bool memory_any(struct code *e)
+{
+    mov_imm(e, DX, descriptor(e->f));
+    call(e, (uintptr_t)host_operand);
+    e->held = 0;
     ins_reg(e, 0x89, true, AX, X8);
-}
-
-static void slow_store(struct code *e)
-{
-    body(e); /* calls nothing in rows that store: r8 is still the operand */
-    call_memory(e, (uintptr_t)host_stored);
-}
-
-static void finish(struct code *e)
-{
-    if (e->f->row->bits & HOSTF_POINTERS) {
-        note_pointers(e);
+    body(e);
+    if (descriptor(e->f) & MEM_WRITE) {
+        call_memory(e, (uintptr_t)host_stored);
+        go_on(e);
+        return true;
     }
-    next(e);
+    note_pointers(e);
+    return false;
 }
 
-static void memory_stub(struct code *e)
+static void memory_fast(struct code *e)
 {
-    const struct stub_form *f = e->f;
-    bool store = descriptor(f) & MEM_WRITE;
-    if (!f->mode64 || f->u.mode & (UOP_ASZ16 | UOP_ASZ32)) {
-        slow_operand(e, false);
-        if (store) {
-            slow_store(e);
-        } else {
-            body(e);
-        }
-        finish(e);
-        return;
-    }
     effective_address(e);
-    uint8_t *miss = translate(e), *code_page = NULL;
-    const uint8_t *hit = e->at;
+    uint8_t *miss = translate(e);
+    bool store = descriptor(e->f) & MEM_WRITE;
+    rare(e, miss, e->at, store ? RARE_STORE : RARE_LOAD);
     body(e);
     if (store) { /* as code_check() */
         ins_reg(e, 0x89, true, X8, AX);
@@ -432,39 +467,61 @@ static void memory_stub(struct code *e)
         byte(e, 12);
         ins_mem(e, 0x8b, true, CX, DI, offsetof(struct cpu, code_mask));
         byte(e, 0x48), byte(e, 0x83), byte(e, 0x3c), byte(e, 0xc1), byte(e, 0); /* cmp qword [rcx + rax * 8], 0 */
-        code_page = jump(e, IF_NE);
+        rare(e, jump(e, IF_NE), NULL, RARE_CODE);
     }
-    const uint8_t *done = e->at;
-    finish(e);
-    land(e, miss);
-    slow_operand(e, true);
-    if (!store) {
-        jump_back(e, hit);
-        return;
-    }
-    slow_store(e);
-    jump_back(e, done);
-    land(e, code_page);
-    call_memory(e, (uintptr_t)host_code_written);
-    jump_back(e, done);
+    note_pointers(e);
 }
 
-unsigned emit_stub(const struct stub_form *f, uint8_t *to)
+static void rare_path(struct code *e, const struct rare *r)
 {
-    struct code code = {to, f}, *e = &code;
-    uint8_t *failed[2] = {NULL, NULL};
-    if (!f->gated) {
-        gate(e, failed);
+    e->f = r->f;
+    land(e, r->from);
+    if (r->kind == RARE_CODE) {
+        call_memory(e, (uintptr_t)host_code_written);
+        go_on(e);
+        return;
     }
-    if (memory_form(f)) {
-        memory_stub(e);
-    } else {
-        body(e);
-        finish(e);
+    call_memory(e, (uintptr_t)host_miss);
+    ins_reg(e, 0x89, true, AX, X8);
+    if (r->kind == RARE_LOAD) {
+        reload(e, r->held);
+        jump_back(e, r->back);
+        return;
     }
-    if (failed[0] || failed[1]) {
-        land(e, failed[0]);
-        land(e, failed[1]);
+    e->held = 0;
+    body(e);
+    call_memory(e, (uintptr_t)host_stored);
+    go_on(e);
+}
+
+unsigned emit_stub(const struct stub_run *run, uint8_t *to)
+{
+    struct code code = {.at = to, .mode64 = run->mode64, .passed = run->passed}, *e = &code;
+    bool dispatched = false;
+    for (unsigned i = 0; i < run->count; i++) {
+        e->f = &run->form[i];
+        gate(e);
+        dispatched = false;
+        if (!memory_form(e->f)) {
+            body(e);
+            note_pointers(e);
+        } else if (run->mode64 && !(e->f->u.mode & (UOP_ASZ16 | UOP_ASZ32))) {
+            memory_fast(e);
+        } else if ((dispatched = memory_any(e))) {
+            break;
+        }
+        step(e);
+    }
+    if (!dispatched) {
+        dispatch(e);
+    }
+    for (unsigned i = 0; i < e->rares; i++) {
+        rare_path(e, &e->rare[i]);
+    }
+    for (unsigned i = 0; i < e->failed_gates; i++) {
+        land(e, e->failed_gate[i]);
+    }
+    if (e->failed_gates) {
         load_address(e, (uintptr_t)host_gate);
         byte(e, 0xff), byte(e, 0xe0); /* jmp rax */
     }

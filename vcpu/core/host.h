@@ -1,9 +1,9 @@
 /*
- * Guest x87, MMX and SSE instructions run as the host's own: stub.c makes, for each form an instruction
- * comes in, a handler in machine code (emit.c) around the instruction itself.
+ * Guest x87, MMX and SSE instructions run as the host's own: stub.c makes, for such instructions as follow one
+ * another in a block, a handler in machine code (emit.c) around the instructions themselves.
  *
  * While run() is inside, the host's x87/MMX registers, control word and MXCSR are the guest's, masks
- * included; the XMM registers stay in arch.vec and pass through the host's in each stub. This is sound because
+ * included; the XMM registers live in arch.vec and are in the host's within a stub only. This is sound because
  * nothing else between fpu_unpark() and fpu_park() touches them: the C of this core has no floating-point
  * arithmetic and no long double, libc's string functions use none, and every way into Python parks first.
  * A guest exception that its masks let through is then a host trap (SIGFPE) at the very instruction, before it
@@ -68,7 +68,8 @@ enum fpu_gate { GATE_NONE, GATE_WAIT /* not MP and TS */, GATE_MMX /* EM = 0 els
 extern const struct host_row host_rows[]; /* uop.aux is the index */
 
 /* ---- parts ---- */
-#define STUB_MAX 512             /* bytes of a stub at most */
+#define RUN_MAX 24               /* instructions in a stub */
+#define STUB_MAX (RUN_MAX * 512) /* bytes of a stub at most */
 
 struct stub_slot { uint64_t key; uint32_t offset; };
 
@@ -76,20 +77,26 @@ struct host_stubs {
     _Alignas(64) uint8_t bounce[64]; /* operand of an access that has no single host address */
     struct fx_image before;      /* x87 state before a store into the bounce buffer */
     uint64_t store_lin;          /* where the bounce buffer goes */
+    uint64_t seed;               /* of the keys */
     uint8_t *writable, *executable; /* two mappings of one memory */
     uint32_t used, count;
     struct host_stubs *next;     /* all of the process: the SIGFPE handler looks */
     struct stub_slot slot[];
 };
 
-/* emit.c: code of a form; returns its length. gated: an earlier instruction of the block has passed the gate. */
+/* emit.c: one stub for instructions that follow one another; returns the length of its code. */
 struct stub_form {
     const struct host_row *row;
     struct uop u;
-    bool mode64, gated;
     uint16_t fop;
 };
-unsigned emit_stub(const struct stub_form *f, uint8_t *to);
+struct stub_run {
+    unsigned count;
+    bool mode64;
+    uint8_t passed;              /* enum fpu_gate that earlier instructions of the block have passed */
+    struct stub_form form[RUN_MAX];
+};
+unsigned emit_stub(const struct stub_run *run, uint8_t *to);
 
 /* Called by stubs. Descriptor of a memory operand: bytes | MEM_*. */
 #define MEM_WRITE 0x100

@@ -1,8 +1,9 @@
 /*
  * Host stubs: where they live, how a form finds its own, and the host trap that an unmasked guest exception makes.
  *
- * The memory is mapped twice, writable here and executable there, so no page is ever both. Stubs are found by a key
- * of everything that is built into the code; what differs without need (displacement, length) is read from the uop.
+ * The memory is mapped twice, writable here and executable there, so no page is ever both. Stubs are found by a key of
+ * everything that is built into the code, 64 bits mixed from a random seed: blocks that are translated again, or in
+ * several places, share theirs.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -10,6 +11,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/random.h>
 #include <ucontext.h>
 #include <unistd.h>
 
@@ -21,6 +23,8 @@
 #define SLOTS (1u << 16)         /* open addressing; at most half are used */
 #define POOL_LAST (POOL_BYTES - STUB_MAX) /* kept for stubs made after the rest is used up */
 #define ALIGN 16u
+
+void op_host(struct cpu *c, const struct uop *u);
 
 static pthread_mutex_t pools_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct host_stubs *_Atomic pools;
@@ -78,6 +82,9 @@ bool host_init(struct cpu *c)
     close(memory);
     errno = reason;
     if (pool->writable == MAP_FAILED || pool->executable == MAP_FAILED) {
+        return false;
+    }
+    if (getrandom(&pool->seed, sizeof pool->seed, 0) != sizeof pool->seed) {
         return false;
     }
     pthread_mutex_lock(&pools_lock);
@@ -152,58 +159,65 @@ static uint16_t x87_fop(const struct host_row *row, const struct uop *u)
     return (uint16_t)((row->opcode & 7) << 8 | mod << 6 | reg << 3 | rm);
 }
 
-static bool in_pool(const struct host_stubs *pool, uop_fn fn)
+static bool is_host(const struct host_stubs *pool, const struct uop *u)
 {
-    return (uintptr_t)fn - (uintptr_t)pool->executable < POOL_BYTES;
+    return u->fn == op_host || (uintptr_t)u->fn - (uintptr_t)pool->executable < POOL_BYTES;
 }
 
-/* Has an earlier instruction of the block passed this gate? Blocks are entered at their head alone, and what changes CR0 or CR4
- * ends them. */
-static bool is_gated(const struct cpu *c, const struct uop *u, const struct host_row *row)
+/* The gate that earlier instructions of the block have passed: blocks are entered at their head alone, and what changes CR0 or
+ * CR4 ends them. */
+static uint8_t gate_passed(const struct cpu *c, const struct uop *u)
 {
-    for (const struct uop *earlier = u; earlier-- > c->block->u;) {
-        if (in_pool(c->stubs, earlier->fn)) {
-            unsigned passed = host_rows[earlier->aux].gate;
-            return row->gate == GATE_NONE || (passed != GATE_WAIT && passed >= row->gate);
+    uint8_t passed = GATE_NONE;
+    for (const struct uop *earlier = c->block->u; earlier < u; earlier++) {
+        if (is_host(c->stubs, earlier)) {
+            uint8_t gate = host_rows[earlier->aux].gate;
+            passed = gate != GATE_WAIT && gate > passed ? gate : passed;
         }
     }
-    return row->gate == GATE_NONE;
+    return passed;
 }
 
-static uint64_t form_key(const struct stub_form *f)
+static uint64_t mix(uint64_t key, uint64_t value)
 {
-    const struct uop *u = &f->u;
-    uint64_t key = 1 | f->mode64 << 1 | f->gated << 2 | !!(u->mode & UOP_OSZ64) << 3 | !!(u->mode & UOP_ASZ16) << 4
-        | !!(u->mode & UOP_ASZ32) << 5 | uop_mem(u) << 6;
-    key |= (uint64_t)(u->aux & 0xfff) << 8 | (uint64_t)(u->reg & 15) << 20 | (uint64_t)(u->imm & 0xff) << 24;
-    if (!uop_mem(u)) {
-        return key | (uint64_t)(u->rm & 15) << 32;
-    }
-    return key | (uint64_t)u->base << 32 | (uint64_t)u->index << 38 | (uint64_t)u->scale << 44 | (uint64_t)(u->seg & 7) << 46
-        | (uint64_t)f->fop << 49;
+    key = (key ^ value) * 0x9e3779b97f4a7c15;
+    return key ^ key >> 29;
+}
+
+/* u and the host rows that follow it. Returns the key of all that will be in the code. */
+static uint64_t take_run(const struct cpu *c, const struct uop *u, unsigned most, struct stub_run *run)
+{
+    const struct uop *end = c->block->u + c->block->uops;
+    uint64_t key = c->stubs->seed;
+    run->mode64 = c->mode & MODE_64;
+    run->passed = gate_passed(c, u);
+    run->count = 0;
+    do {
+        struct stub_form *f = &run->form[run->count++];
+        *f = (struct stub_form){.row = &host_rows[u->aux], .u = *u};
+        f->fop = f->row->bits & HOSTF_POINTERS ? x87_fop(f->row, u) : 0;
+        uint64_t imm = f->row->bits & HOSTF_IMM ? u->imm & 0xff : 0;
+        key = mix(key, u->aux | (uint64_t)u->reg << 16 | (uint64_t)u->rm << 24 | (uint64_t)u->base << 32 | (uint64_t)u->index << 40
+                           | (uint64_t)u->scale << 48 | (uint64_t)u->mode << 56);
+        key = mix(key, (uint32_t)u->disp | (uint64_t)u->seg << 32 | imm << 40);
+        u++;
+    } while (run->count < most && u < end && is_host(c->stubs, u));
+    return mix(key, run->mode64 | run->passed << 1 | run->count << 8) | 1;
 }
 
 static uop_fn stub_for(struct cpu *c, const struct uop *u)
 {
     struct host_stubs *pool = c->stubs;
-    struct stub_form form = {.row = &host_rows[u->aux], .u = *u, .mode64 = c->mode & MODE_64};
-    if (!(form.row->bits & HOSTF_IMM)) {
-        form.u.imm = 0;
-    }
-    if (form.row->ext != 0xff) {
-        form.u.reg = 0;
-    }
-    form.fop = form.row->bits & HOSTF_POINTERS ? x87_fop(form.row, u) : 0;
-    form.gated = is_gated(c, u, form.row);
-    uint64_t key = form_key(&form), h = key * 0x9e3779b97f4a7c15;
-    struct stub_slot *slot = &pool->slot[h >> 48];
+    struct stub_run run;
+    bool last = host_full(c);
+    uint64_t key = take_run(c, u, last ? 1 : RUN_MAX, &run);
+    struct stub_slot *slot = &pool->slot[key >> 48];
     while (slot->key && slot->key != key) {
         slot = slot == &pool->slot[SLOTS - 1] ? pool->slot : slot + 1;
     }
     if (!slot->key) {
-        bool last = host_full(c);
         uint32_t at = last ? POOL_LAST : pool->used;
-        unsigned n = emit_stub(&form, pool->writable + at);
+        unsigned n = emit_stub(&run, pool->writable + at);
         if (last) { /* good for one use: not entered, and not bound */
             serialize();
             return (uop_fn)(uintptr_t)(pool->executable + at);
