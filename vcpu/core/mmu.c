@@ -328,13 +328,14 @@ static void check_canonical(struct cpu *c, const struct uop *u, uint64_t lin, un
     }
 }
 
-/* Then alignment, as the hosts seen do it; the manuals leave the order of #AC and #PF open. */
+/* With alignment, at the place where the hosts seen look at it; the manuals leave the order of #AC and #PF open. */
 static void check_address(struct cpu *c, const struct uop *u, uint64_t lin, unsigned n)
 {
-    check_canonical(c, u, lin, n);
+    check_canonical(c, u, lin, 1);
     if (alignment_checked(c) && n <= 8 && lin & (n - 1)) {
         raise_fault_code(c, u, VEC_AC, 0);
     }
+    check_canonical(c, u, lin, n);
 }
 
 static void note_access(struct cpu *c, uint64_t lin, unsigned n, bool write)

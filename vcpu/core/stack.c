@@ -136,15 +136,18 @@ HANDLER(op_enter)
     uint64_t mask = stack_mask(c), frame = GPR(c, RSP) - n;
     uint64_t bytes = (uint64_t)n * (1 + level);
     uint64_t final = (GPR(c, RSP) - bytes - u->imm) & mask;
-    /* everything that can fault: the frames above that are read, the pushes, and the word at the final RSP */
-    mem_probe_write(c, u, seg_linear(c, u, SS, (GPR(c, RSP) - bytes) & mask, (unsigned)bytes, true), (unsigned)bytes);
-    for (unsigned i = 1; i < level; i++) {
-        mem_probe_read(c, u, seg_linear(c, u, SS, (GPR(c, RBP) - (uint64_t)i * n) & mask, n, false), n);
+    /* everything that can fault, in the order of the accesses */
+    mem_probe_write(c, u, stack_linear(c, u, frame & mask, n, true), n);
+    for (unsigned i = 1; i <= level; i++) {
+        if (i < level) {
+            mem_probe_read(c, u, stack_linear(c, u, (GPR(c, RBP) - (uint64_t)i * n) & mask, n, false), n);
+        }
+        mem_probe_write(c, u, stack_linear(c, u, (frame - (uint64_t)i * n) & mask, n, true), n);
     }
-    mem_probe_write(c, u, seg_linear(c, u, SS, final, n, true), n);
+    mem_probe_write(c, u, stack_linear(c, u, final, n, true), n);
     stack_write(c, u, -(int64_t)n, GPR(c, RBP), n);
     for (unsigned i = 1; i < level; i++) {
-        uint64_t display = mem_read(c, u, seg_linear(c, u, SS, (GPR(c, RBP) - (uint64_t)i * n) & mask, n, false), n);
+        uint64_t display = mem_read(c, u, stack_linear(c, u, (GPR(c, RBP) - (uint64_t)i * n) & mask, n, false), n);
         stack_write(c, u, -(int64_t)(n * (i + 1)), display, n);
     }
     if (level) {
@@ -163,7 +166,7 @@ HANDLER(op_leave)
 {
     unsigned n = uop_size(u);
     uint64_t sp = GPR(c, RBP) & stack_mask(c);
-    uint64_t v = mem_read(c, u, seg_linear(c, u, SS, sp, n, false), n);
+    uint64_t v = mem_read(c, u, stack_linear(c, u, sp, n, false), n);
     stack_set(c, sp + n);
     if (n == 2) {
         REG16(c, RBP) = (uint16_t)v;
