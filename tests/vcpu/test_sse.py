@@ -149,6 +149,18 @@ def test_legacy_segments(make_guest: Make) -> None:
     assert guest.vector == GP and guest.stack()[:2] == [0, guest.labels["last"]]
 
 
+def test_flat_segments_end_at_4_gib(make_guest: Make) -> None:
+    guest = make_guest("protected")
+    enable(guest)
+    guest.set(rbx=0x1_0000_0000 - 8)
+    guest.run("movsd xmm1, [ebx - 0x10]\nlast: movups xmm1, [ebx]")
+    assert guest.vector == GP and guest.stack()[:2] == [0, guest.labels["last"]]
+    guest.set(rbx=0xFFFFFFF0, rip=CODE)  # and effective addresses wrap
+    guest.write(DATA, bytes(range(16)))
+    guest.run("movups xmm2, [ebx + 0xa010]")
+    assert guest.done and xmm(guest, 2) == bytes(range(16))
+
+
 def test_base_of_fs_and_32_bit_addresses(make_guest: Make) -> None:
     guest = make_guest("long")
     enable(guest)

@@ -4,7 +4,8 @@
  * Where the stub traps (SIGFPE) the stack is as at entry. rax rcx rdx r8 r9 are scratch. Each instruction:
  *
  *     gate        CR0.EM, CR0.TS, CR4.OSFXSR; once a block
- *     operand     r8 = host address: inline for 64-bit addresses that hit the TLB, else host_miss(), host_operand()
+ *     operand     r8 = host address: inline for addresses without segment checks that hit the TLB, else host_miss(),
+ *                 host_operand()
  *     load        registers it reads: XMM registers, unless the stub holds them; ecx/edx for general ones
  *     the instruction, with the guest's own XMM, MMX and x87 registers
  *     commit      what it wrote, to struct cpu; x87 pointers; code-page test behind a store
@@ -30,7 +31,7 @@ struct rare {                    /* a path taken seldom */
 struct code {
     uint8_t *at;
     const struct stub_form *f;   /* the instruction in hand */
-    bool mode64;
+    bool mode64, flat;
     uint32_t held;               /* bit i: the host's xmm i holds the guest's (memory always does) */
     unsigned passed;             /* gate */
     unsigned rares, failed_gates;
@@ -259,7 +260,9 @@ static void effective_address(struct code *e)
     if (e->f->row->bits & HOSTF_POINTERS) {
         ins_reg(e, 0x89, true, X8, X9);
     }
-    if (u->seg == FS || u->seg == GS) {
+    if (!e->mode64) {
+        ins_reg(e, 0x89, false, X8, X8); /* 32 bits */
+    } else if (u->seg == FS || u->seg == GS) {
         ins_mem(e, 0x03, true, X8, DI, ARCH_OFF(seg) + u->seg * sizeof(struct seg_reg) + offsetof(struct seg_reg, base));
     }
 }
@@ -494,9 +497,17 @@ static void rare_path(struct code *e, const struct rare *r)
     go_on(e);
 }
 
+/* Is the linear address base + index << scale + disp, cut to 32 bits outside 64-bit mode? */
+static bool simple_address(const struct code *e)
+{
+    const struct uop *u = &e->f->u;
+    unsigned size = u->mode & (UOP_ASZ16 | UOP_ASZ32);
+    return e->mode64 ? size == 0 : e->flat && size == UOP_ASZ32 && (u->seg == DS || u->seg == SS || u->seg == ES);
+}
+
 unsigned emit_stub(const struct stub_run *run, uint8_t *to)
 {
-    struct code code = {.at = to, .mode64 = run->mode64, .passed = run->passed}, *e = &code;
+    struct code code = {.at = to, .mode64 = run->mode64, .flat = run->flat, .passed = run->passed}, *e = &code;
     bool dispatched = false;
     for (unsigned i = 0; i < run->count; i++) {
         e->f = &run->form[i];
@@ -505,7 +516,7 @@ unsigned emit_stub(const struct stub_run *run, uint8_t *to)
         if (!memory_form(e->f)) {
             body(e);
             note_pointers(e);
-        } else if (run->mode64 && !(e->f->u.mode & (UOP_ASZ16 | UOP_ASZ32))) {
+        } else if (simple_address(e)) {
             memory_fast(e);
         } else if ((dispatched = memory_any(e))) {
             break;

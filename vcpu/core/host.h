@@ -92,7 +92,7 @@ struct stub_form {
 };
 struct stub_run {
     unsigned count;
-    bool mode64;
+    bool mode64, flat;           /* MODE_64, MODE_FLAT */
     uint8_t passed;              /* enum fpu_gate that earlier instructions of the block have passed */
     struct stub_form form[RUN_MAX];
 };

@@ -50,7 +50,9 @@ void *host_miss(struct cpu *c, const struct uop *u, uint64_t lin, uint32_t desc)
     if (desc & MEM_WAITS) {
         fpu_wait(c, u);
     }
-    if (!canonical(lin)) {
+    if (!(c->mode & MODE_64)) {
+        lin = ea_linear(c, u, desc & 0xff, desc & MEM_WRITE); /* it may reach over the limit of 4 GiB */
+    } else if (!canonical(lin)) {
         raise_fault_code(c, u, u->seg == SS ? VEC_SS : VEC_GP, 0);
     }
     check_alignment(c, u, lin, desc);

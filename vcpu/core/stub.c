@@ -190,6 +190,7 @@ static uint64_t take_run(const struct cpu *c, const struct uop *u, unsigned most
     const struct uop *end = c->block->u + c->block->uops;
     uint64_t key = c->stubs->seed;
     run->mode64 = c->mode & MODE_64;
+    run->flat = c->mode & MODE_FLAT;
     run->passed = gate_passed(c, u);
     run->count = 0;
     do {
@@ -202,7 +203,7 @@ static uint64_t take_run(const struct cpu *c, const struct uop *u, unsigned most
         key = mix(key, (uint32_t)u->disp | (uint64_t)u->seg << 32 | imm << 40);
         u++;
     } while (run->count < most && u < end && is_host(c->stubs, u));
-    return mix(key, run->mode64 | run->passed << 1 | run->count << 8) | 1;
+    return mix(key, run->mode64 | run->flat << 1 | run->passed << 2 | run->count << 8) | 1;
 }
 
 static uop_fn stub_for(struct cpu *c, const struct uop *u)
