@@ -11,6 +11,7 @@ from tests.vcpu.guest import (
     CODE64,
     DATA,
     GP,
+    HANDLERS,
     IF,
     LMA,
     LME,
@@ -120,7 +121,7 @@ def test_xsetbv(make_guest: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    "index", [0, 0x3A, 0x48, 0x10A, 0xC0000085, 0xC0010114, 0xC0011004, 0xDEADBEEF, 0x4B564D05]
+    "index", [0, 0x3A, 0x48, 0x10A, 0xC0000085, 0xC0010114, 0xC0011004, 0xDEADBEEF, 0x4B564D02, 0x4B564D05]
 )
 def test_an_msr_that_does_not_exist_faults(make_guest: Make, index: int) -> None:
     assert read_msr(make_guest, index) is None
@@ -419,6 +420,25 @@ def test_a_kick_ends_hlt_whatever_if_is(make_guest: Make) -> None:
     guest = make_guest("long")
     guest.run("mov eax, 5\n xor ebx, ebx\n xor ecx, ecx\n vmmcall\n cli\n hlt\n inc edi")
     assert guest.done and guest.rdi == 1
+
+
+def test_eoi_in_memory(make_guest: Make) -> None:
+    """MSR_KVM_PV_EOI_EN: bit 0 is set with an interrupt; a guest that clears it need not write EOI."""
+    guest = make_guest("long")
+    guest.arch.apic.svr = 0x1FF
+    guest.changed()
+    send = "mov eax, 10\n mov ebx, 1\n xor ecx, ecx\n xor edx, edx\n mov esi, {:#x}\n vmmcall\n"
+    # the handler: btr dword ptr [DATA], 0; adc rdi, 1; iretq
+    guest.write(
+        HANDLERS + 0x510,
+        bytes.fromhex("0fba3425") + struct.pack("<I", DATA) + bytes.fromhex("004883d70148cf"),
+    )
+    guest.run(MSR_WRITE.format(0x4B564D04, DATA | 1) + "sti\n" + 2 * (send.format(0x51) + "nop\n"))
+    assert guest.done and guest.rdi == 4  # twice, and the bit was set each time
+    assert guest.arch.apic.isr[1] == 0 and guest.read(DATA, 4) == 0
+    guest.set(rip=CODE)
+    guest.run(MSR_WRITE.format(0x4B564D04, DATA | 3))
+    assert guest.vector == GP
 
 
 # ---- reset: SDM vol. 3 table 9-1 ----

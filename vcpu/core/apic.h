@@ -55,6 +55,9 @@ uint64_t apic_get_cr8(const struct cpu *c);
 void apic_set_cr8(struct cpu *c, uint64_t value); /* bits 3-0 */
 void apic_eoi(struct cpu *c);                     /* as a write to EOI */
 
+/* An EOI of the vector in service would do nothing else: it is edge triggered and nothing waits. */
+bool apic_pv_eoi_fits(const struct cpu *c);
+
 /* TSC as the guest reads it */
 static inline uint64_t cpu_tsc(const struct cpu *c) { return guest_tsc(c->seg) + c->s.arch.tsc_adjust; }
 void apic_tsc_changed(struct cpu *c);             /* IA32_TSC or IA32_TSC_ADJUST was written: the deadline moved */

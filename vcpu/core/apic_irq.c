@@ -4,6 +4,7 @@
  */
 #include "apic_private.h"
 #include "io.h"
+#include "system.h"
 
 static int highest(const uint64_t bits[4])
 {
@@ -48,6 +49,9 @@ static int deliverable(const struct cpu *c)
 
 void apic_update(struct cpu *c)
 {
+    if (c->sys.eoi_offered) {
+        kvm_eoi_settle(c);
+    }
     __atomic_store_n(&c->s.apic_ppr, processor_priority(&c->s.arch.apic), __ATOMIC_RELAXED);
     c->intr_ready = extint_accepted(c) || deliverable(c) >= 0;
 }
@@ -167,4 +171,11 @@ bool apic_wakes(const struct cpu *c)
 {
     const struct cpu_arch *a = &c->s.arch;
     return (c->intr_ready && a->rflags & FLAG_IF) || (seg_load(&c->s.posted_nmi) && !a->nmi_blocked) || seg_load(&c->s.posted_init);
+}
+
+bool apic_pv_eoi_fits(const struct cpu *c)
+{
+    const struct apic_state *a = &c->s.arch.apic;
+    int vector = highest(a->isr);
+    return vector >= 0 && highest(a->irr) < 0 && !(a->tmr[vector >> 6] & bit_of((unsigned)vector));
 }

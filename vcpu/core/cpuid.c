@@ -36,8 +36,9 @@ struct row {
      BIT(27) /* RDTSCP */ | BIT(29) /* LM */)
 
 #define KVM_FEATURES                                                                                                  \
-    (BIT(1) /* NOP_IO_DELAY */ | BIT(3) /* CLOCKSOURCE2 */ | BIT(5) /* STEAL_TIME */ | BIT(7) /* PV_UNHALT */ |       \
-     BIT(9) /* PV_TLB_FLUSH */ | BIT(11) /* PV_SEND_IPI */ | BIT(24) /* CLOCKSOURCE_STABLE */)
+    (BIT(1) /* NOP_IO_DELAY */ | BIT(3) /* CLOCKSOURCE2 */ | BIT(5) /* STEAL_TIME */ | BIT(6) /* PV_EOI */ |          \
+     BIT(7) /* PV_UNHALT */ | BIT(9) /* PV_TLB_FLUSH */ | BIT(11) /* PV_SEND_IPI */ |                                 \
+     BIT(24) /* CLOCKSOURCE_STABLE */)
 
 /* Bits of an APIC ID that number the cores of the one socket */
 static uint32_t core_bits(const struct cpu *c)

@@ -6,9 +6,10 @@
  */
 #include "kvm.h"
 
+#include "apic.h"
 #include "desc.h"
 
-enum { MSR_WALL_CLOCK = 0x4b564d00, MSR_SYSTEM_TIME, MSR_ASYNC_PF, MSR_STEAL_TIME };
+enum { MSR_WALL_CLOCK = 0x4b564d00, MSR_SYSTEM_TIME, MSR_ASYNC_PF, MSR_STEAL_TIME, MSR_PV_EOI };
 enum { HC_VAPIC_POLL_IRQ = 1, HC_KICK_CPU = 5, HC_SEND_IPI = 10 };
 #define KVM_ENABLE 1u
 #define KVM_EPERM 1
@@ -119,6 +120,40 @@ void kvm_running(struct cpu *c)
 
 bool kvm_kicked(struct cpu *c) { return seg_load(&c->s.posted_kick) && seg_swap(&c->s.posted_kick, 0); }
 
+/* ---- EOI by clearing a bit of memory: bit 0 of a word, set with the interrupt where an EOI would have nothing else to do.
+ * Settled before anything that depends on what is in service: apic_update() sees to it. ---- */
+
+static uint32_t *eoi_word(struct cpu *c)
+{
+    uint64_t msr = ARCH(c)->kvm_pv_eoi;
+    return msr & KVM_ENABLE ? guest_struct(c, msr & ~3ull, 4) : NULL;
+}
+
+void kvm_eoi_offer(struct cpu *c)
+{
+    uint32_t *word = ARCH(c)->kvm_pv_eoi & KVM_ENABLE && apic_pv_eoi_fits(c) ? eoi_word(c) : NULL;
+    if (word) {
+        *word |= 1;
+        phys_written(c, word, 4);
+        c->sys.eoi_offered = true;
+    }
+}
+
+void kvm_eoi_settle(struct cpu *c)
+{
+    uint32_t *word = eoi_word(c);
+    c->sys.eoi_offered = false;
+    if (!word) {
+        return;
+    }
+    bool done = !(*word & 1);
+    *word &= ~1u;
+    phys_written(c, word, 4);
+    if (done) {
+        apic_eoi(c);
+    }
+}
+
 /* ---- MSRs ---- */
 
 bool kvm_msr_read(struct cpu *c, uint32_t index, uint64_t *value)
@@ -128,6 +163,7 @@ bool kvm_msr_read(struct cpu *c, uint32_t index, uint64_t *value)
     case MSR_WALL_CLOCK: *value = a->kvm_wall_clock; return true;
     case MSR_SYSTEM_TIME: *value = a->kvm_system_time; return true;
     case MSR_STEAL_TIME: *value = a->kvm_steal_time; return true;
+    case MSR_PV_EOI: *value = a->kvm_pv_eoi; return true;
     default: return false; /* asynchronous page faults are not offered */
     }
 }
@@ -157,6 +193,15 @@ bool kvm_msr_write(struct cpu *c, uint32_t index, uint64_t value)
             p->preempted = 0;
             phys_written(c, p, sizeof *p);
         }
+        return true;
+    case MSR_PV_EOI:
+        if (value & 2) {
+            return false;
+        }
+        if (c->sys.eoi_offered) {
+            kvm_eoi_settle(c);
+        }
+        a->kvm_pv_eoi = value;
         return true;
     default: return false;
     }

@@ -5,10 +5,10 @@
 #include "cpu.h"
 
 #define KVM_MSR_FIRST 0x4b564d00u
-#define KVM_MSR_LAST 0x4b564d03u
+#define KVM_MSR_LAST 0x4b564d04u
 bool kvm_msr_read(struct cpu *c, uint32_t index, uint64_t *value);
 bool kvm_msr_write(struct cpu *c, uint32_t index, uint64_t value);
 
-/* kvm_sleeping(), kvm_running(), kvm_kicked(), kvm_refresh(): system.h */
+/* The others are in system.h. */
 
 #endif

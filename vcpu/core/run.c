@@ -122,6 +122,7 @@ static void take_interrupts(struct cpu *c)
         if (vector >= 0) {
             c->s.vectors[vector]++;
             deliver_interrupt(c, (unsigned)vector, EVENT_EXTERNAL);
+            kvm_eoi_offer(c);
         }
     }
 }
@@ -239,6 +240,9 @@ int core_run(struct cpu *c, int64_t budget)
     }
     int exit = loop(c);
     fpu_park(c);
+    if (c->sys.eoi_offered) {
+        kvm_eoi_settle(c);
+    }
     flags_get(c);
     core_park(c);
     c->s.run_ns += host_ns() - c->run_started - (c->s.halt_ns - c->halt_before);

@@ -79,6 +79,9 @@ void kvm_sleeping(struct cpu *c);  /* HLT wait begins: steal time page says pree
 void kvm_running(struct cpu *c);   /* ... ends: a flush asked for meanwhile is done */
 /* A hypercall of another vCPU ends this HLT, whatever IF is; clears the mark. */
 bool kvm_kicked(struct cpu *c);
+/* Behind the delivery of an interrupt: the guest may end it without an EOI. And the end of that (when sys.eoi_offered). */
+void kvm_eoi_offer(struct cpu *c);
+void kvm_eoi_settle(struct cpu *c);
 /* The pvclock page is written again: after a change of TSC_ADJUST or of the TSC's frequency. */
 void kvm_refresh(struct cpu *c);
 

@@ -35,6 +35,8 @@ struct system_state {
     bool delivering;             /* an event is half-way: a further fault combines with it */
     uint8_t delivering_vector;
     uint8_t delivering_kind;
+    /* -- kvm.c -- */
+    bool eoi_offered;            /* the guest may end the interrupt in service by a bit in its memory */
     /* -- debug.c -- */
     uint32_t debug_enabled;      /* bit i: DRi enabled by DR7 */
     uint32_t debug_data;         /* bit i: ... as a data or I/O breakpoint */
