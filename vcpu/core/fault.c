@@ -327,7 +327,11 @@ void deliver_interrupt(struct cpu *c, unsigned vector, enum event_kind kind)
 static void software(struct cpu *c, const struct uop *u, unsigned vector, enum event_kind kind)
 {
     struct event e = {.u = u, .vector = vector, .kind = kind, .rip = uop_next_rip(c, u)};
+    bool tf = ARCH(c)->rflags & FLAG_TF;
     deliver(c, &e);
+    if (tf) { /* TF has been cleared with it, and no trap follows: SDM vol. 3 section 18.3.1.4 */
+        cpu_unwind(c, NULL, UNWIND_RETRY);
+    }
 }
 
 void op_int(struct cpu *c, const struct uop *u)

@@ -21,6 +21,9 @@ static COLD void store_masked(struct cpu *c, const struct uop *u, const uint8_t 
     uint64_t offset = GPR(c, RDI);
     offset = u->mode & UOP_ASZ32 ? (uint32_t)offset : u->mode & UOP_ASZ16 ? (uint16_t)offset : offset;
     uint64_t lin = seg_linear(c, u, u->seg, offset, n, true);
+    if (n == 8) {
+        host_align(c, u, lin, n);
+    }
     unsigned first = 0, end = n;
     while (first < n && !(mask[first] & 0x80)) {
         first++;
