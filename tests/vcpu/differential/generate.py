@@ -30,6 +30,8 @@ FS_BASE, GS_BASE = DATA_LINEAR + 0x100, DATA_LINEAR - 0x40
 # Prefixes that a shape can be about
 LEGACY = {"lock": b"\xf0", "rep": b"\xf3", "repne": b"\xf2", "a": b"\x67", "fs": b"\x64", "gs": b"\x65", "unlockable": b"\xf0"}
 WIDTHS = {"b": 1, "w": 2, "d": 4, "q": 8, "x": 16, "t": 10, "dq": 16}
+STATE_SIZES = {"fxsave": 512, "fxrstor": 512, "xsave": 576, "xrstor": 576, "xsaveopt": 576, "fldenv": 28, "fnstenv": 28,
+               "frstor": 108, "fnsave": 108}
 MASK64 = values.MASK64
 
 
@@ -73,6 +75,8 @@ class Instance:
 
 def _sizes(row: optable.Row, bits: int) -> tuple[int, ...]:
     sizes = row.sizes(bits)
+    if sizes == (0,) and row.mnemonic in STACK:
+        sizes = (16, 64) if bits == 64 else (16, 32)
     if any(o.size == "y" for o in row.operands):
         return (32, 64) if bits == 64 else (32,)
     if row.prefix == "np":
@@ -100,7 +104,7 @@ def shapes_of(row: optable.Row, bits: int) -> Iterator[Shape]:
                 prefixes += ["rep", "repne"]
             for prefix in prefixes:
                 yield Shape(row, bits, size, form, prefix)
-            if row.source == "integer.tab" and ("lock" not in row.words or form != "m"):
+            if row.source == "integer.tab" and size == _sizes(row, bits)[0] and ("lock" not in row.words or form != "m"):
                 yield Shape(row, bits, size, form, "unlockable")
 
 
@@ -108,9 +112,9 @@ def shapes(bits: int) -> list[Shape]:
     return [shape for row in optable.load() if row.valid(bits) and "nodiff" not in row.values for shape in shapes_of(row, bits)]
 
 
-def pick_target(rnd: random.Random, width: int, lock: bool) -> int:
+def pick_target(rnd: random.Random, width: int, lock: bool, bits: int = 64) -> int:
     """Linear address of a memory operand: mostly in order, sometimes across pages, read-only, not there, not canonical."""
-    kind = rnd.randrange(24)
+    kind = rnd.randrange(23 if bits != 64 else 24)
     middle = DATA_LINEAR + 0x400 + rnd.randrange(0x600)
     if kind < 10 or lock and kind < 18:
         return middle & ~15 if lock or kind < 6 else middle & -max(width, 1)
@@ -140,11 +144,14 @@ class Encoder:
     def __init__(self, shape: Shape, rnd: random.Random) -> None:
         self.shape, self.row, self.rnd = shape, shape.row, rnd
         self.fixed, self.few = False, list(range(16))
-        self.gpr = [values.integer(rnd) for _ in range(16)]
+        # outside 64-bit mode the upper halves are nobody's business, SDM vol. 1 section 3.4.1.1
+        self.mask = MASK64 if shape.bits == 64 else 0xFFFFFFFF
+        self.gpr = [values.integer(rnd) & self.mask for _ in range(16)]
         self.stack = DATA_LINEAR + 0xC00 + rnd.choice((0, 0, 0, 8, 2, 4, 1, 7, 0x3E8, -0x400, 0x3FF))
         self.gpr[RSP] = self.stack
         self.instance = Instance(shape, gpr=self.gpr, rflags=0x202 | rnd.getrandbits(12) & STATUS | (rnd.random() < 0.05) << 10)
-        if rnd.random() < 0.02:
+        # The manuals leave open whether FXSAVE and its like raise #AC or #GP
+        if rnd.random() < 0.02 and self.row.mnemonic not in STATE_SIZES:
             self.instance.rflags |= 1 << 18
         if shape.bits != 64 and rnd.random() < 0.25:
             self.instance.ds = LDT_DATA
@@ -163,7 +170,9 @@ class Encoder:
             if o.kind in "EMQWOXY" and not (o.kind in "XY" and o.size == ""):
                 if o.size in WIDTHS:
                     return WIDTHS[o.size]
-                return max(self.shape.size, 32) // 8 if self.row.source != "integer.tab" else max(self.shape.size, 8) // 8
+                if o.size == "":
+                    return STATE_SIZES.get(self.row.mnemonic, 1)
+                return max(self.shape.size, 8) // 8
         return max(self.shape.size, 8) // 8
 
     def base_linear(self, segment: str) -> int:
@@ -200,6 +209,8 @@ class Encoder:
             base = RBX                              # their default segment is SS
         if base == RSP and self.row.mnemonic in STACK | {"XCHG"}:
             base = RSI
+        if self.row.mnemonic in STATE_SIZES and base in (RAX, RDX):
+            base = RSI                              # EDX:EAX are the mask
         index = rnd.randrange(last) if kind < 6 or base & 7 == 4 else None
         scale = rnd.randrange(4)
         if base & 7 == 5 and mod == 0:
@@ -213,7 +224,7 @@ class Encoder:
             if index == base:
                 scale = 0
                 index = (base + 1) % last if (base + 1) % last != 4 else (base + 2) % last
-            if rnd.random() < 0.7:
+            if rnd.random() < 0.7 and index not in (RAX, RDX):
                 self.set_address(index, rnd.randrange(64))  # type: ignore[arg-type]
             amount = self.gpr[index] << scale               # type: ignore[index]
         if base == RSP:
@@ -284,12 +295,22 @@ class Encoder:
             instance.code_at = rnd.choice((0x1000, CODE_SIZE)) - rnd.randrange(1, 9)
         width = self.width()
         lock = shape.prefix == "lock" or row.mnemonic == "XCHG"
-        target = DATA_LINEAR + 0x400 + 4 * rnd.randrange(8) if self.fixed else pick_target(rnd, width, lock)
+        target = DATA_LINEAR + 0x400 + 4 * rnd.randrange(8) if self.fixed else pick_target(rnd, width, lock, shape.bits)
+        if row.source in ("sse.tab", "x87.tab"):
+            instance.fx = values.fx_image(rnd, row.source == "x87.tab" or "x87" in row.words)
+        # The hosts seen look at numeric exceptions before the operand of an x87 store, and store eight bytes of ten
+        # before they find that the rest faults; ours is the other, also permitted order
+        if row.source == "x87.tab" and row.operands and row.operands[0].access != "r" and (
+                width == 10 or instance.fx[0] & 0x3F != 0x3F):
+            target = min(max(target, DATA_LINEAR), DATA_LINEAR + 0x1000)
+            instance.rflags &= ~(1 << 18)
+        if row.mnemonic in STATE_SIZES and target >> 47 == 0:
+            target = min(target, DATA_LINEAR + (1 << 32))
         instance.target = target
         prefixes = [LEGACY[shape.prefix]] if shape.prefix not in ("", "a") else []
         if self.asz != shape.bits:
             prefixes.append(b"\x67")
-        if row.sized and row.prefix not in ("66", "np") and shape.size in (16, 32) and shape.size != (16 if shape.bits == 16 else 32) and shape.bits != 64:
+        if row.prefix not in ("66", "np") and shape.size in (16, 32) and shape.size != (16 if shape.bits == 16 else 32) and shape.bits != 64:
             prefixes.append(b"\x66")
         if shape.bits == 64 and shape.size == 16 and row.prefix != "66":
             prefixes.append(b"\x66")
@@ -334,7 +355,7 @@ class Encoder:
                 value = self.offset(target) - (CODE_LINEAR + instance.code_at + len(code)) & 0xFFFFFFFF
                 code = code[:at] + struct.pack("<I", value) + code[at + 4:]
         instance.code = code
-        instance.gpr = self.gpr
+        instance.gpr = [value & self.mask for value in self.gpr]
         return instance
 
     def patch(self, linear: int, data: bytes) -> None:
@@ -354,6 +375,10 @@ class Encoder:
         operand = values.integer(rnd).to_bytes(8, "little") + values.integer(rnd).to_bytes(8, "little")
         if row.source == "sse.tab":
             operand = values.vector(rnd)
+            if name in STATE_SIZES:
+                operand = self.state_area()
+        elif row.source == "x87.tab":
+            operand = self.real(width)
         if name in ("DIV", "IDIV") and rnd.random() < 0.8:
             gpr[RDX] = rnd.choice((0, 1, MASK64, rnd.randrange(1000), gpr[RDX]))
             if size == 8:
@@ -377,13 +402,16 @@ class Encoder:
             segment = shape.prefix if shape.prefix in ("fs", "gs") else "ds"
             self.set_address(RBX, self.offset(target, segment) - rnd.randrange(256))
         elif name in ("maskmovq", "maskmovdqu"):
-            self.set_address(RDI, self.offset(target))
+            # whether bytes that are masked out fault is the implementation's choice (SDM vol. 2, MASKMOVQ)
+            self.set_address(RDI, self.offset(DATA_LINEAR + 0x400 + rnd.randrange(0x800)))
         elif name in ("LOOP", "LOOPE", "LOOPNE", "JCXZ"):
             self.set_address(RCX, rnd.choice((0, 1, 2, values.integer(rnd))))
         elif name in ("BSF", "BSR") and rnd.random() < 0.2:
             operand = bytes(16)
             if shape.form == "r":
                 gpr[rm] = rnd.choice((0, gpr[rm] & ~((1 << size) - 1)))
+        if name in STACK and rnd.random() < 0.12:
+            gpr[RSP] = pick_target(rnd, 8, False, shape.bits) + rnd.choice((0, 4, 8)) & MASK64
         if name in ("CALL", "JMP") and row.operands[0].kind == "E":
             place = self.code_base() + self.code_target(16, 0x700)
             if rnd.random() < 0.1:
@@ -397,21 +425,39 @@ class Encoder:
                 place = rnd.choice((0x800000000000, DATA_LINEAR + 0x500, MASK64))
             self.patch(gpr[RSP], struct.pack("<Q", place))
         elif name == "POPF":
-            self.patch(gpr[RSP], struct.pack("<Q", rnd.getrandbits(64) & ~0x204100))
+            self.patch(gpr[RSP], struct.pack("<Q", rnd.getrandbits(64) & ~0x204000))
         elif name == "LEAVE":
-            gpr[RBP] = rnd.choice((self.stack + 16, pick_target(rnd, 8, False)))
+            gpr[RBP] = rnd.choice((self.stack + 16, pick_target(rnd, 8, False, shape.bits)))
         elif name == "ENTER":
             gpr[RBP] = self.stack + rnd.choice((0, 40, 0x200))
-        if name in STACK and rnd.random() < 0.12:
-            gpr[RSP] = pick_target(rnd, 8, False) + rnd.choice((0, 4, 8))
         if row.modrm and shape.form == "m" or any(o.kind == "O" for o in row.operands):
             self.patch(target, operand[:max(width, 1)])
+
+    def real(self, width: int) -> bytes:
+        """A memory operand of x87: reals, integers or decimals."""
+        rnd, name = self.rnd, self.row.mnemonic
+        if name == "fbld":
+            return values.packed_bcd(rnd)
+        if width == 10:
+            return values.extended(rnd)
+        if name == "fldcw":
+            return struct.pack("<H", rnd.choice((0x37F, 0x37F, rnd.getrandbits(16))))
+        if "i" in name[1:3]:
+            return values.integer(rnd).to_bytes(8, "little")
+        return struct.pack("<I", values.single(rnd)) if width == 4 else struct.pack("<Q", values.double(rnd))
+
+    def state_area(self) -> bytes:
+        """What FXRSTOR and XRSTOR find; the masks in EDX:EAX name x87 and SSE alone, for the host has more."""
+        rnd = self.rnd
+        self.gpr[RAX], self.gpr[RDX] = rnd.randrange(4), 0
+        header = struct.pack("<QQ48x", rnd.choice((0, 1, 2, 3, 3, 3, 1 << 62)), rnd.random() < 0.02)
+        return values.fx_image(rnd, True)[:512] + header
 
     def strings(self, width: int) -> None:
         rnd, gpr, shape = self.rnd, self.gpr, self.shape
         segment = shape.prefix if shape.prefix in ("fs", "gs") else "ds"
-        source = pick_target(rnd, width, False)
-        destination = rnd.choice((pick_target(rnd, width, False), source + rnd.randrange(-20, 20)))
+        source = pick_target(rnd, width, False, shape.bits)
+        destination = rnd.choice((pick_target(rnd, width, False, shape.bits), source + rnd.randrange(-20, 20)))
         self.instance.target = destination
         self.set_address(RSI, self.offset(source, segment))
         self.set_address(RDI, destination & MASK64)

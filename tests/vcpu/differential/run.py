@@ -42,33 +42,45 @@ def plain_fx() -> bytes:
 
 
 NAMES = "rax rcx rdx rbx rsp rbp rsi rdi r8 r9 r10 r11 r12 r13 r14 r15".split()
+MASK64 = (1 << 64) - 1
 VISIBLE = 0x10000 | 0x40000 | 0xFD5
 
 
 def compare(instance: generate.Instance, case: Any, ours: sides.Ours, after: Any, vector: int, error: int) -> list[str]:
     out = []
     host = case.after
+    width = MASK64 if instance.shape.bits == 64 else 0xFFFFFFFF
     for i in range(16):
-        if host.gpr[i] != after.gpr[i]:
+        if (host.gpr[i] ^ after.gpr[i]) & width:
             out.append(f"{NAMES[i]} host {host.gpr[i]:#x} ours {after.gpr[i]:#x}")
     if host.rip != after.rip:
         out.append(f"rip host {host.rip:#x} ours {after.rip:#x}")
     # Linux reports P for kernel addresses whatever is there
-    ignore = 1 if vector == 14 and case.cr2 >> 47 else 0
+    ignore = 1 if vector == 14 and case.cr2 >= (1 << 47) - 4096 else 0
     if case.vector != vector or (case.error ^ error) & ~ignore:
         out.append(f"vector host {case.vector} ({case.error:#x}) ours {vector} ({error:#x})")
-    if vector == 14 and case.vector == 14 and case.cr2 != ours.arch.cr2:
+    # Which byte of a long operand is named is the hosts' choice
+    shift = 12 if instance.shape.row.mnemonic in generate.STATE_SIZES else 0
+    if vector == 14 and case.vector == 14 and case.cr2 >> shift != ours.arch.cr2 >> shift and instance.shape.row.mnemonic != "CMPS":
         out.append(f"cr2 host {case.cr2:#x} ours {ours.arch.cr2:#x}")
     mask = VISIBLE & ~(instance.undefined or undefined.flags(instance))
     if (host.rflags ^ after.rflags) & mask:
         out.append(f"rflags host {host.rflags:#x} ours {after.rflags:#x} differ {(host.rflags ^ after.rflags) & mask:#x}")
     mine = sides.core_ffi.buffer(sides.core_ffi.cast("char *", ours.data_address), sides.DATA_SIZE)[:]
     theirs = layout().buffer(case.data)[:]
-    if mine != theirs:
+    # Intel's CPUs store the return address before they find that the target is not canonical, AMD's manual says #GP before;
+    # ENTER has pushed before it finds that the last word cannot be written
+    if mine != theirs and not (vector != 3 and instance.shape.row.mnemonic in ("CALL", "ENTER")):
         at = next(i for i in range(sides.DATA_SIZE) if mine[i] != theirs[i])
         out.append(f"data at {DATA_LINEAR + at:#x} host {theirs[at:at + 16].hex(' ')} ours {mine[at:at + 16].hex(' ')}")
     a, b = layout().buffer(host.fx)[:416], layout().buffer(after.fx)[:416]
-    if a[32:] != b[32:] or a[:6] != b[:6] or a[24:28] != b[24:28]:
+    row = instance.shape.row
+    # An MMX instruction that faults has on the hosts seen already made the x87 registers MMX registers
+    if row.source == "sse.tab" and "x87" in row.words and vector != 3:
+        a, b = a[24:28] + a[160:], b[24:28] + b[160:]
+        if a != b:
+            out.append(f"xmm\n   host {a.hex()}\n   ours {b.hex()}")
+    elif a[32:] != b[32:] or a[:6] != b[:6] or a[24:28] != b[24:28]:
         out.append(f"fx\n   host {a.hex()}\n   ours {b.hex()}")
     return out
 
@@ -104,7 +116,7 @@ def main() -> None:
                 instance = generate.sequence(shapes, random.Random(f"{args.seed}:{done + i}"))
             else:
                 instance = generate.Encoder(shape, random.Random(f"{args.seed}:{done + i}")).build()
-            instance.fx = fx
+            instance.fx = instance.fx or fx
             fill(oracle.cases[i], instance)
             batch.append(instance)
         oracle.run(len(batch))

@@ -99,6 +99,7 @@ class Ours:
         self.background = background()
         self.order = [np.array([(top + i) & 7 for i in range(8)]) for top in range(8)]
         lib.core_power_on(self.cpu)
+        self.arch.xcr0 = 3
         self._memory()
         self._registers()
         lib.core_halt_exits(self.cpu, 1)
@@ -144,8 +145,8 @@ class Ours:
         arch.idtr.base, arch.idtr.limit = SUPERVISOR + IDT, 0xFFF
         for reg, selector, base, limit, attr in ((arch.ldtr, LDT_SELECTOR, SUPERVISOR + LDT, 0xF, 0x82), (arch.tr, TSS_SELECTOR, SUPERVISOR + TSS, 0x67, 0x8B)):
             reg.selector, reg.base, reg.limit, reg.attr = selector, base, limit, attr
-        # PG AM WP NE ET MP PE; FSGSBASE OSXMMEXCPT OSFXSR PGE PAE; NXE LMA LME SCE
-        arch.cr0, arch.cr3, arch.cr4, arch.efer = 0x80050033, TABLES, 0x106A0 | 0x600, 0xD01
+        # PG AM WP NE ET MP PE; OSXSAVE FSGSBASE OSXMMEXCPT OSFXSR PGE PAE; NXE LMA LME SCE
+        arch.cr0, arch.cr3, arch.cr4, arch.efer = 0x80050033, TABLES, 0x506A0 | 0x600, 0xD01
 
     def _segment(self, index: int, selector: int, base: int = 0) -> None:
         seg = self.arch.seg[index]
@@ -190,7 +191,7 @@ class Ours:
     def _load_fpu(self, fx: Any) -> None:
         fpu = self.arch.fpu
         fpu.cw, fpu.sw, fpu.tag_valid, fpu.fop, fpu.mxcsr = struct.unpack_from("<HHBxH16xI", fx)
-        fpu.fip = fpu.fdp = 0
+        fpu.fip = fpu.fdp = fpu.fcs = fpu.fds = 0
         self.fpr[self.order[fpu.sw >> 11 & 7]] = fx[FX_ST:FX_XMM].reshape(8, 16)
         self.xmm[:] = fx[FX_XMM:FX_END].reshape(16, 16)
 

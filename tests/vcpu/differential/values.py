@@ -95,3 +95,22 @@ def vector(rnd: random.Random) -> bytes:
     if kind == 4:
         return struct.pack("<2Q", integer(rnd), integer(rnd))
     return bytes(rnd.choices(b"abcd\0\x80\xff", k=16))
+
+
+def fx_image(rnd: random.Random, x87: bool) -> bytes:
+    """An FXSAVE image with numbers in all registers; rarely with unmasked exceptions or pending ones."""
+    kind = rnd.randrange(10)
+    masks = 0x3F if kind < 7 else rnd.getrandbits(6)
+    control = 0x40 | masks | rnd.getrandbits(2) << 10 | rnd.choice((0, 0x200, 0x300, 0x300))
+    pending = rnd.getrandbits(6) & masks if rnd.random() < 0.3 else rnd.getrandbits(6) if kind == 9 and rnd.random() < 0.3 else 0
+    status = rnd.getrandbits(16) & 0x7F00 & ~0x80 | pending
+    if pending & ~masks:
+        status |= 0x8080
+    tags = 0xFF if rnd.random() < 0.6 else rnd.getrandbits(8)
+    kind = rnd.randrange(10)
+    mxcsr = 0x1F80 if kind < 3 else 0x1F80 | rnd.getrandbits(16) & 0xE07F if kind < 8 else rnd.getrandbits(16) & 0xFFBF
+    if not x87:
+        control, status, tags = 0x37F, rnd.getrandbits(3) << 11, rnd.choice((0, 0xFF))
+    head = struct.pack("<HHBxHQQII", control, status, tags, 0, 0, 0, mxcsr, 0xFFFF)
+    stack = b"".join(extended(rnd) + bytes(6) for _ in range(8))
+    return head + stack + b"".join(vector(rnd) for _ in range(16)) + bytes(96)
