@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tests.vcpu import native
-from tests.vcpu.guest import CODE, TABLES, Guest
+from tests.vcpu.guest import CODE, CODE32, CODE64, TABLES, Guest
 from vcpu import optable
 from vcpu._core import ffi, lib
 
-WINDOW = 1 << 36                   # linear address of memory that guest and host both have
+WINDOW = 0x7000_0000               # linear address of memory that guest and host both have
 WINDOW_GPA, WINDOW_SIZE = 2 << 20, 2 << 20
 WINDOW_TABLE = 0x60000
 LAST = WINDOW + WINDOW_SIZE - 128
@@ -53,12 +53,14 @@ def _memory(rnd: random.Random) -> tuple[bytes, int, Case]:
     return bytes([mod << 6 | 4, sib]) + tail, base >> 3 | index >> 3 << 1, Case(b"", base, index, scale, disp)
 
 
-def encode(row: Row, form: str, rnd: random.Random, base: int | None = None, disp: int = 0) -> Case:
-    """A random encoding of a row for 64-bit mode; RSP is no operand. With a base (RBX, RSI or RDI), the
-    memory operand is [base + disp], and no other operand is that register."""
+def encode(row: Row, form: str, rnd: random.Random, base: int | None = None, disp: int = 0,
+           bits: int = 64) -> Case:
+    """A random encoding of a row for 64-bit mode or (with a base only) 32-bit code; RSP is no operand. With a
+    base (RBX, RSI or RDI), the memory operand is [base + disp], and no other operand is that register."""
     kinds = {operand.kind for operand in row.operands}
-    choices = [r for r in range(16) if r not in (4, base)]
-    reg = row.ext if row.ext is not None else rnd.choice(choices if "G" in kinds else range(16))
+    count = 16 if bits == 64 else 8
+    choices = [r for r in range(count) if r not in (4, base)]
+    reg = row.ext if row.ext is not None else rnd.choice(choices if "G" in kinds else range(count))
     case, tail, rex = Case(b""), b"", reg >> 3 << 2
     if form == "m":
         tail, bits, case = _memory(rnd)
@@ -67,16 +69,16 @@ def encode(row: Row, form: str, rnd: random.Random, base: int | None = None, dis
         rex |= bits
         tail = bytes([tail[0] | (reg & 7) << 3]) + tail[1:]
     elif row.modrm:
-        rm = row.rm if row.rm is not None else rnd.choice(choices if kinds & {"E", "R"} else range(16))
+        rm = row.rm if row.rm is not None else rnd.choice(choices if kinds & {"E", "R"} else range(count))
         rex |= rm >> 3
         tail = bytes([0xC0 | (reg & 7) << 3 | rm & 7])
-    if any(o.size == "y" or o.text == "EAX" for o in row.operands) and rnd.random() < 0.5:
+    if bits == 64 and any(o.size == "y" or o.text == "EAX" for o in row.operands) and rnd.random() < 0.5:
         rex |= 8
     prefix = b"" if row.prefix in ("", "np") else bytes([int(row.prefix, 16)])
     escape = (b"", b"\x0f", b"\x0f\x38", b"\x0f\x3a")[row.map]
     value = rnd.choice((0, 1, 2, 3, 4, 5, 8, 15, 16, rnd.randrange(256)))
     immediate = bytes([value]) if row.immediate() else b""
-    head = bytes([0x40 | rex]) if rex or rnd.random() < 0.1 else b""
+    head = bytes([0x40 | rex]) if rex or bits == 64 and rnd.random() < 0.1 else b""
     case.code = prefix + head + escape + bytes([row.opcode]) + tail + immediate
     return case
 
@@ -132,17 +134,18 @@ def random_state(rnd: random.Random, unmask: bool) -> native.State:
 
 
 class Pair:
-    """A guest in 64-bit mode and the host, with a window of the same contents at the same linear address."""
+    """A guest in 64-bit mode (or "compat": 32-bit code) and the host, with a window of the same contents at
+    the same linear address."""
 
-    def __init__(self) -> None:
-        self.guest = Guest("long")
-        self.host = native.Window(WINDOW, WINDOW_SIZE)
+    def __init__(self, mode: str = "long") -> None:
+        self.guest = Guest(mode)
+        self.code_segment = CODE64 if mode == "long" else CODE32
+        self.host = native.window(WINDOW, WINDOW_SIZE)
         self.guest.put(TABLES + 0x1000 + 8 * (WINDOW >> 30 & 511), WINDOW_TABLE | 7)
-        self.guest.put(WINDOW_TABLE, WINDOW_GPA | 0x87)
+        self.guest.put(WINDOW_TABLE + 8 * (WINDOW >> 21 & 511), WINDOW_GPA | 0x87)
         self.guest.set(cr4=self.guest.cr4 | OSFXSR | OSXMMEXCPT)
 
     def close(self) -> None:
-        self.host.close()
         self.guest.close()
 
     def _enter(self, state: native.State) -> None:
@@ -173,7 +176,7 @@ class Pair:
     def run_guest(self, state: native.State, code: bytes) -> tuple[native.State, int]:
         """(state behind the instruction, 0), or (state, vector)."""
         guest = self.guest
-        guest.load_segment("cs", 0x18)
+        guest.load_segment("cs", self.code_segment)
         guest.write(CODE, code + b"\xeb\xfe")
         self._enter(state)
         guest.arch.gpr[4] = 0x1F800
@@ -230,7 +233,7 @@ class Pair:
         """Instructions that follow one another, with memory operands [RBX + disp] in the window's third page;
         returns the exception. Where one faults, those before it have been executed and nothing else."""
         state.gpr[3] = WINDOW + 8192
-        memory = b"".join(vector(rnd) for _ in range(512))
+        memory = b"".join(vector(rnd) for _ in range(768))
         self.host.write(WINDOW + 4096, memory)
         self.guest.write(WINDOW_GPA + 4096, memory)
         code = b"".join(case.code for case in cases)
@@ -245,8 +248,8 @@ class Pair:
             self.host.write(WINDOW + 4096, memory)
         expected, trap = native.run(state, done)
         assert trap == 0, what
-        stored = self.guest.segment.dma_read(WINDOW_GPA + 4096, 8192)
-        assert stored == self.host.read(WINDOW + 4096, 8192), what
+        stored = self.guest.segment.dma_read(WINDOW_GPA + 4096, 12288)
+        assert stored == self.host.read(WINDOW + 4096, 12288), what
         assert [hex(v) for v in got.gpr] == [hex(v) for v in expected.gpr], what
         assert got.fx[XMM:] == expected.fx[XMM:], what
         assert got.rflags & STATUS == expected.rflags & STATUS, what

@@ -34,18 +34,34 @@ def test_like_the_host(pair: Pair, row: Row, unmask: bool) -> None:
     check_row(pair, row, 6, unmask)
 
 
-@pytest.mark.parametrize("seed", range(300))
-def test_instructions_in_a_row(pair: Pair, seed: int) -> None:
-    """They share a stub, which keeps XMM registers in the host's, and which a fault leaves in the middle."""
-    rnd = random.Random(seed)
+@pytest.fixture(scope="module")
+def pair32() -> Iterator[Pair]:
+    pair = Pair("compat")
+    yield pair
+    pair.close()
+
+
+def check_random_run(pair: Pair, seed: int, bits: int) -> None:
+    rnd = random.Random(f"{seed} {bits}")
     table = rnd.choice(("sse.tab", "x87.tab", ""))
     few = [row for row in SEQUENCE if table in ("", row.source)]
     cases = []
     for _ in range(rnd.randrange(2, 30)):
         row = rnd.choice(few)
         disp = rnd.choice((0, 16, 32, 48, 64, 80)) + (rnd.choice((3, 4088)) if rnd.random() < 0.04 else 0)
-        cases.append(encode(row, rnd.choice(row.forms()), rnd, 3, disp))
+        cases.append(encode(row, rnd.choice(row.forms()), rnd, 3, disp, bits))
     pair.check_run(cases, random_state(rnd, seed % 3 == 0), rnd)
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_instructions_in_a_row(pair: Pair, seed: int) -> None:
+    """They share a stub, which keeps XMM registers in the host's, and which a fault leaves in the middle."""
+    check_random_run(pair, seed, 64)
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_32_bit_instructions_in_a_row(pair32: Pair, seed: int) -> None:
+    check_random_run(pair32, seed, 32)
 
 
 def enable(guest: Guest, cr4: int = OSFXSR | OSXMMEXCPT, cr0: int = 0) -> None:
