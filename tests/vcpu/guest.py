@@ -86,6 +86,10 @@ DE_, DB, NMI, BP, OVERFLOW, BR, UD, NM, DF, TS, NP, SS_, GP, PF, MF, AC_ = (
     17,
 )
 
+# Snippets of 64-bit code; str.format() takes the index (and value)
+MSR_READ = "mov ecx, {:#x}\n rdmsr\n shl rdx, 32\n or rax, rdx\n"
+MSR_WRITE = "mov ecx, {:#x}\n mov rax, {:#x}\n mov rdx, rax\n shr rdx, 32\n wrmsr\n"
+
 
 def descriptor(base: int, limit: int, attr: int) -> int:
     """attr: bits 40-55 of a descriptor, as `struct seg_reg` has it; limit in units of the granularity."""
