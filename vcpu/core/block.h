@@ -60,8 +60,10 @@ void leave_at(struct cpu *c, const struct uop *u);
 /* Handlers of the uops that the decoder adds */
 void op_goto(struct cpu *c, const struct uop *u);
 
-/* fuse.c: joins uops of a finished block; flags that nobody sees are not computed. live: writes of this block's tail are seen. */
+/* fuse.c: flags that nobody sees are not computed; a comparison and the branch behind it become one. n uops, not yet in a block */
 struct decoded;
 void block_optimise(struct uop *u, unsigned n, const struct decoded *d);
+/* fused.c: handler of a comparison for when Jcc of that condition follows; NULL: none */
+uop_fn fused_compare(uop_fn first, unsigned condition);
 
 #endif

@@ -95,7 +95,7 @@ CALL(32, )
         push_value(c, u, uop_next_rip(c, u), B / 8);                                              \
         JUMP(c, u, target);                                                                       \
     }                                                                                             \
-    HANDLER(op_call_ind_##B##_r)                                                                  \
+    static void call_ind_##B##_r_general(struct cpu *c, const struct uop *u)                      \
     {                                                                                             \
         U(B) target = RD_##B(c, u->rm);                                                           \
         branch_check(c, u, target);                                                               \
@@ -129,6 +129,21 @@ CALL(32, )
         JUMP(c, u, target);                                                                       \
     }
 SIZES_V(INDIRECT, )
+
+HANDLER(op_call_ind_16_r) { return call_ind_16_r_general(c, u); }
+HANDLER(op_call_ind_32_r) { return call_ind_32_r_general(c, u); }
+
+HANDLER(op_call_ind_64_r)
+{
+    uint64_t target = GPR(c, u->rm), next = uop_next_rip(c, u);
+    if (unlikely(!canonical(target))) {
+        return call_ind_64_r_general(c, u);
+    }
+    FAST_PUSH(call_ind_64_r_general, p);
+    *p = next;
+    code_check(c, (const void *)p, 8);
+    JUMP(c, u, target);
+}
 
 HANDLER(op_ret_16) { return ret_16_general(c, u); }
 HANDLER(op_ret_32) { return ret_32_general(c, u); }

@@ -1,5 +1,6 @@
 /*
- * What is done to a block before it runs: status flags that nobody can see are not computed.
+ * What is done to a block before it runs: status flags that nobody can see are not computed, and a comparison takes
+ * the conditional branch behind it along (fused.c).
  *
  * Flags are dead behind an instruction when a later one of the block writes all of them, and none between (nor that
  * one, before it writes) reads them, can fault, or leaves the block: register forms of the rows with an `nf` handler.
@@ -16,6 +17,17 @@ static bool harmless(const struct uop *u, const struct decoded *d)
         return false;
     }
     return d->nf || (d->row->bits & OPF_PURE && (!uop_mem(u) || d->row->mod == OPM_MEM));
+}
+
+#define JCC(M) M(o) M(no) M(b) M(nb) M(z) M(nz) M(be) M(nbe) M(s) M(ns) M(p) M(np) M(l) M(nl) M(le) M(nle)
+#define DECLARE(cc) void op_j_##cc(struct cpu *c, const struct uop *u);
+#define NAME(cc) op_j_##cc,
+JCC(DECLARE)
+
+static bool is_jcc(const struct uop *u)
+{
+    static const uop_fn jcc[16] = {JCC(NAME)};
+    return u->aux < 16 && u->fn == jcc[u->aux];
 }
 
 void block_optimise(struct uop *u, unsigned n, const struct decoded *d)
@@ -36,5 +48,11 @@ void block_optimise(struct uop *u, unsigned n, const struct decoded *d)
             live &= ~writes;
         }
         live |= row->flags_read & FLAGS_STATUS;
+    }
+    if (n >= 3 && is_jcc(&u[n - 2])) {
+        uop_fn fused = fused_compare(u[n - 3].fn, u[n - 2].aux);
+        if (fused) {
+            u[n - 3].fn = fused;
+        }
     }
 }
