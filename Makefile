@@ -13,7 +13,7 @@ SOURCES := $(shell find coordinator/contract vcpu -name '*.[ch]' -o -name '*.inc
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pieces demo test bench lint fast boots clean
+.PHONY: help setup pieces demo test bench lint fast boots models clean
 .NOTPARALLEL:
 
 help: ## this list
@@ -57,6 +57,14 @@ fast: setup ## the fast tests alone
 
 boots: setup ## the tests that boot whole guests
 	@echo "[test] boots" && $(PYTHON) -m pytest -m boot $(ARGS)
+
+models: ## model-check the arguments of docs/models (needs spin)
+	@command -v spin >/dev/null || { echo "models: spin is missing: apt-get install spin" >&2; exit 1; }
+	@for model in docs/models/*.pml; do \
+	  folder=$$(mktemp -d) && cp "$$model" "$$folder/model.pml" && \
+	  (cd "$$folder" && spin -a model.pml >/dev/null && gcc -O2 -w -o pan pan.c && ./pan -m100000 >out) && \
+	  { grep -q 'errors: 0' "$$folder/out" || { cat "$$folder/out"; exit 1; }; } && \
+	  echo "[models] $$model: $$(awk '/states, stored/ { print $$1 }' "$$folder/out") states, no errors" && rm -r "$$folder"; done
 
 clean: ## remove what was built (the cache of guest pieces stays)
 	rm -rf $(VENV) build *.egg-info
