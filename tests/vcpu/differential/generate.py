@@ -153,13 +153,15 @@ class Encoder:
         # The manuals leave open whether FXSAVE and its like raise #AC or #GP
         if rnd.random() < 0.02 and self.row.mnemonic not in STATE_SIZES:
             self.instance.rflags |= 1 << 18
-        if shape.bits != 64 and rnd.random() < 0.25:
-            self.instance.ds = LDT_DATA
         # Counts above the operand size: the result is undefined (SDM vol. 2, SHLD and SHRD)
         self.double_shift = shape.size == 16 and self.row.mnemonic in ("SHLD", "SHRD")
         self.asz = {64: 64, 32: 32, 16: 16}[shape.bits]
         if shape.prefix == "a" or shape.bits != 64 and rnd.random() < 0.1:
             self.asz = {64: 32, 32: 16, 16: 32}[shape.bits]
+        # 16-bit addresses reach data through segments with a base
+        careful = shape.row.source != "integer.tab"
+        if shape.bits != 64 and rnd.random() < (0.2 if self.asz == 32 else 1 if careful else 0.85):
+            self.instance.ds = LDT_DATA
 
     def register(self, last: int) -> int:
         return self.rnd.choice(self.few) % last
@@ -460,7 +462,7 @@ class Encoder:
         destination = rnd.choice((pick_target(rnd, width, False, shape.bits), source + rnd.randrange(-20, 20)))
         self.instance.target = destination
         self.set_address(RSI, self.offset(source, segment))
-        self.set_address(RDI, destination & MASK64)
+        self.set_address(RDI, self.offset(destination))
         self.set_address(RCX, rnd.choice((0, 1, 2, 3, 8, rnd.randrange(64), rnd.randrange(600), 0x10000)))
         if rnd.random() < 0.3:
             self.instance.rflags ^= 0x400

@@ -19,7 +19,7 @@ def fill(case: Any, instance: generate.Instance) -> None:
         before.gpr[i] = instance.gpr[i]
     before.rip = (0 if instance.shape.bits == 16 else CODE_LINEAR) + instance.code_at
     before.rflags = instance.rflags
-    before.cs, before.ss, before.ds, before.es = instance.cs, USER_DATA, instance.ds, USER_DATA
+    before.cs, before.ss, before.ds, before.es = instance.cs, USER_DATA, instance.ds, instance.ds
     before.fs = before.gs = 0
     before.fs_base, before.gs_base = generate.FS_BASE, generate.GS_BASE
     layout().memmove(before.fx, instance.fx, len(instance.fx))
@@ -70,7 +70,7 @@ def compare(instance: generate.Instance, case: Any, ours: sides.Ours, after: Any
     theirs = layout().buffer(case.data)[:]
     # Intel's CPUs store the return address before they find that the target is not canonical, AMD's manual says #GP before;
     # ENTER has pushed before it finds that the last word cannot be written
-    if mine != theirs and not (vector != 3 and instance.shape.row.mnemonic in ("CALL", "ENTER")):
+    if mine != theirs and not (vector != 3 and instance.shape.row.mnemonic in ("CALL", "ENTER", "PUSHA")):
         at = next(i for i in range(sides.DATA_SIZE) if mine[i] != theirs[i])
         out.append(f"data at {DATA_LINEAR + at:#x} host {theirs[at:at + 16].hex(' ')} ours {mine[at:at + 16].hex(' ')}")
     a, b = layout().buffer(host.fx)[:416], layout().buffer(after.fx)[:416]
