@@ -402,9 +402,22 @@ void blocks_drop_all(struct cpu *c)
     memset(c->jump, 0, sizeof c->jump);
 }
 
+static void jump_key_update(struct cpu *c)
+{
+    unsigned low = c->jump_key & 0xff;
+    c->jump_key = c->jump_generation[low & MODE_USER ? 1 : 0] << 8 | low;
+}
+
+void jump_cache_flush_user(struct cpu *c)
+{
+    c->jump_generation[1]++;
+    jump_key_update(c);
+}
+
 void jump_cache_flush(struct cpu *c)
 {
-    c->jump_key += 0x100;
+    c->jump_generation[0]++;
+    jump_cache_flush_user(c);
 }
 
 void code_written(struct cpu *c, uint64_t offset, unsigned n)
@@ -439,7 +452,7 @@ int blocks_create(struct cpu *c)
     k->arena = zero_pages(ARENA_BYTES);
     k->page = zero_pages(c->seg->guest_pages * sizeof k->page[0]);
     k->straddle = zero_pages(c->seg->guest_pages * sizeof k->straddle[0]);
-    c->jump_key = 0x100;
+    jump_cache_flush(c); /* generation 0 is that of empty slots */
     return k->arena && k->page && k->straddle ? 0 : -1;
 }
 

@@ -143,6 +143,7 @@ struct cpu {
     uint32_t lazy;
     uint32_t mode;                    /* MODE_*, of the block in execution */
     uint64_t jump_key;                /* mode and generation: entries of the jump cache with another key are void */
+    uint64_t jump_generation[2];      /* of supervisor code, and of CPL 3 */
     uint64_t jump_cs_base;            /* segmented code: the CS that the jump cache's entries belong to */
     uint32_t jump_cs_limit;
     uint8_t *guest;                   /* host address of guest memory (seg_header.guest) */
@@ -218,6 +219,7 @@ void debug_after(struct cpu *c, bool tf);  /* single-step and pending data or po
 /* ---- run loop (run.c) and blocks (block.c), A ---- */
 void mode_update(struct cpu *c);           /* c->mode and jump_key after a change of CS SS DS ES, EFER, CPL (the run loop does it too) */
 void jump_cache_flush(struct cpu *c);      /* mmu_flush*() call this: linear addresses may lead elsewhere */
+void jump_cache_flush_user(struct cpu *c); /* those of CPL 3 alone */
 void blocks_drop_page(struct cpu *c, uint64_t page); /* guest memory page index; own blocks */
 void blocks_drop_all(struct cpu *c);
 

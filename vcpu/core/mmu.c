@@ -102,7 +102,7 @@ static void filters_clear(struct cpu *c)
 {
     memset(c->sys.large_filter, 0, sizeof c->sys.large_filter);
     memset(c->sys.exec_filter, 0, sizeof c->sys.exec_filter);
-    c->sys.large_pages = false;
+    c->sys.large_pages = c->sys.exec_local = false;
 }
 
 static void entry_clear(struct tlb_entry *e) { e->read = e->write = e->exec = TLB_INVALID; }
@@ -126,11 +126,16 @@ void mmu_flush(struct cpu *c, bool global)
             memset(c->sys.tlb_global[m], 0, sizeof c->sys.tlb_global[m]);
         }
     }
+    if (global || c->sys.exec_local) {
+        jump_cache_flush(c);
+        c->sys.exec_local = false;
+    } else {
+        jump_cache_flush_user(c); /* a kernel whose pages are global runs on */
+    }
     if (global) {
         filters_clear(c);
         c->sys.region.size = 0;
     }
-    jump_cache_flush(c);
 }
 
 void mmu_reset(struct cpu *c)
@@ -188,6 +193,7 @@ static void fill(struct cpu *c, unsigned mode, uint64_t lin, enum mmu_access acc
     if (access == MMU_EXEC) {
         e->exec = page;
         filter_add(c->sys.exec_filter, lin >> 12, EXEC_BITS);
+        c->sys.exec_local |= mode != TLB_USER && !w->global;
     } else if (r->flags & REGION_READ && (same || access == MMU_READ)) {
         e->read = page;
         uint8_t *dirty = &c->dirty[(host - c->guest) >> 12];

@@ -42,7 +42,7 @@ void mode_update(struct cpu *c)
         c->jump_cs_limit = a->seg[CS].limit;
         jump_cache_flush(c);
     }
-    c->jump_key = (c->jump_key & ~(uint64_t)0xff) | mode | (a->cpl == 3 ? MODE_USER : 0);
+    c->jump_key = c->jump_generation[a->cpl == 3] << 8 | mode | (a->cpl == 3 ? MODE_USER : 0);
 }
 
 static void account(struct cpu *c)

@@ -27,6 +27,7 @@ struct system_state {
     uint64_t large_filter[64];   /* 2 MiB of which slots hold parts of a large page */
     bool large_pages;            /* some are in large_filter */
     uint64_t exec_filter[256];   /* 4 KiB whose code the jump cache may know */
+    bool exec_local;             /* supervisor code may be in a page that is not global */
     uint32_t tlb_used;           /* bit m: c->tlbs[m] holds entries */
     struct map_region region;    /* the last found for a physical address; size 0: none */
     uint64_t pdpte[4];           /* PAE: loaded with CR3 (SDM vol. 3 section 4.4.1) */
