@@ -34,14 +34,28 @@ HANDLER(op_in_d) { in(c, u, REG16(c, RDX)); NEXT(c, u); }
 HANDLER(op_out_i) { out(c, u, (unsigned)u->imm & 0xff); NEXT(c, u); }
 HANDLER(op_out_d) { out(c, u, REG16(c, RDX)); NEXT(c, u); }
 
-/* How many of count items can go at once: those that lie in the page of lin, all in the same direction as the registers go */
-static unsigned run_length(const struct cpu *c, const struct uop *u, uint64_t lin, unsigned width, uint64_t count)
+/* How many of count items, the first of which has passed its checks, can go at once: forward, in the page of lin, before the
+ * offset wraps and within the segment. Firmware reads whole sectors in real mode, so segments must not stop this. */
+static unsigned run_length(const struct cpu *c, const struct uop *u, unsigned segment, unsigned r, uint64_t lin, unsigned width,
+                           uint64_t count)
 {
-    bool flat = c->mode & (MODE_64 | MODE_FLAT) && !(u->mode & UOP_ASZ16);
-    if (!flat || ARCH(c)->rflags & FLAG_DF || c->mode & MODE_SINGLE) {
+    if (ARCH(c)->rflags & FLAG_DF || c->mode & MODE_SINGLE) {
         return 1;
     }
-    uint64_t fits = (SEG_PAGE - (lin & (SEG_PAGE - 1))) / width;
+    uint64_t room = SEG_PAGE - (lin & (SEG_PAGE - 1)), offset = string_register(c, u, r);
+    if (!(c->mode & MODE_64) || u->mode & UOP_ASZ32) {
+        uint64_t before_wrap = (u->mode & UOP_ASZ16 ? UINT64_C(0x10000) : UINT64_C(1) << 32) - offset;
+        room = room < before_wrap ? room : before_wrap;
+    }
+    if (!(c->mode & MODE_64)) {
+        const struct seg_reg *s = &ARCH(c)->seg[segment];
+        if ((s->attr & 0x1c) == 0x14) {
+            return 1; /* data that expands down */
+        }
+        uint64_t before_limit = (uint64_t)s->limit + 1 - offset;
+        room = room < before_limit ? room : before_limit;
+    }
+    uint64_t fits = room / width;
     return fits == 0 ? 1 : (unsigned)(fits < count ? fits : count);
 }
 
@@ -52,7 +66,7 @@ static unsigned ins(struct cpu *c, const struct uop *u, uint64_t count)
     unsigned width = width_of(u), port = REG16(c, RDX);
     io_check(c, u, port, width);
     uint64_t lin = string_target(c, u, width, true);
-    unsigned n = run_length(c, u, lin, width, count);
+    unsigned n = run_length(c, u, ES, RDI, lin, width, count);
     mem_probe_write(c, u, lin, n * width);
     n = io_read_string(c, u, port, width, n, data);
     debug_io(c, port, width);
@@ -67,7 +81,7 @@ static unsigned outs(struct cpu *c, const struct uop *u, uint64_t count)
     unsigned width = width_of(u), port = REG16(c, RDX);
     io_check(c, u, port, width);
     uint64_t lin = string_source(c, u, width);
-    unsigned n = run_length(c, u, lin, width, count);
+    unsigned n = run_length(c, u, u->seg, RSI, lin, width, count);
     mem_read_bytes(c, u, lin, data, n * width);
     n = io_write_string(c, u, port, width, n, data);
     debug_io(c, port, width);
