@@ -5,7 +5,8 @@
  * is the state in front of the next one, and returning from it starts that one. The code pages are filled with INT3,
  * so every case ends in an exception.
  *
- * usage: oracle FILE CASES; then for each 4-byte count on stdin the first so many cases are run and the count comes back.
+ * usage: oracle FILE CASES. On stdout HOST_* bits; then for each 4-byte count on stdin the first so many cases are run,
+ * and the count comes back.
  */
 #define _GNU_SOURCE
 #include "oracle.h"
@@ -14,9 +15,11 @@
 #include <asm/prctl.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/auxv.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <ucontext.h>
@@ -126,12 +129,12 @@ static void *map(uint64_t at, size_t size, int protection)
     return p;
 }
 
-static void descriptor(unsigned entry, uint64_t base, unsigned limit, int code_segment, int bits32, int pages)
+/* A 16-bit segment in the LDT; 0: it is there */
+static long descriptor(unsigned entry, unsigned base, unsigned limit, bool executable)
 {
-    struct user_desc d = {.entry_number = entry, .base_addr = (unsigned)base, .limit = limit, .seg_32bit = bits32,
-                          .contents = code_segment ? MODIFY_LDT_CONTENTS_CODE : MODIFY_LDT_CONTENTS_DATA,
-                          .limit_in_pages = pages, .useable = 1};
-    syscall(SYS_modify_ldt, 1, &d, sizeof d); /* where it is not there, no case asks for it: see `ldt` */
+    struct user_desc d = {.entry_number = entry, .base_addr = base, .limit = limit, .useable = 1,
+                          .contents = executable ? MODIFY_LDT_CONTENTS_CODE : MODIFY_LDT_CONTENTS_DATA};
+    return syscall(SYS_modify_ldt, 1, &d, sizeof d);
 }
 
 int main(int argc, char **argv)
@@ -155,15 +158,20 @@ int main(int argc, char **argv)
         data[i] = background[i] = (uint8_t)(i * 37 >> 3 ^ i);
     }
     mprotect(data + READONLY, 4096, PROT_READ);
-    descriptor(0, CODE_LINEAR, 0xffff, 1, 0, 0);
-    descriptor(1, DATA_LINEAR, DATA_SIZE - 1, 0, 0, 0);
+    uint32_t features = (getauxval(AT_HWCAP2) & 2 ? HOST_FSGSBASE : 0);
+    if (!descriptor(0, CODE_LINEAR, 0xffff, true) && !descriptor(1, DATA_LINEAR, DATA_SIZE - 1, false)) {
+        features |= HOST_LDT;
+    }
     stack_t alternate = {.ss_sp = stack, .ss_size = sizeof stack};
     sigaltstack(&alternate, NULL);
     struct sigaction action = {.sa_sigaction = on_signal, .sa_flags = SA_SIGINFO | SA_ONSTACK};
     for (unsigned i = 0; i < sizeof signals / sizeof *signals; i++) {
         sigaction(signals[i], &action, NULL);
     }
-    uint32_t n;
+    uint32_t n = features;
+    if (write(1, &n, sizeof n) != sizeof n) {
+        return 1;
+    }
     while (read(0, &n, sizeof n) == sizeof n) {
         count = (int)n;
         index_ = -1;

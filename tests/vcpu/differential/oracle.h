@@ -8,6 +8,8 @@
 #define DATA_SIZE 0x4000
 #define READONLY 0x2000            /* offset of the read-only page */
 #define PATCHES 3
+#define HOST_LDT 1                 /* segments with a base can be had, and 16-bit code */
+#define HOST_FSGSBASE 2            /* RDFSBASE and its like work in user mode */
 #define PATCH_SIZE 1088
 
 struct state {
@@ -24,7 +26,7 @@ struct test_case {
     struct state before;
     struct patch patch[PATCHES];   /* bytes of data, size 0: none; `at` counts from DATA_LINEAR */
     uint32_t code_at, code_size;   /* from CODE_LINEAR; all else there is INT3 */
-    uint8_t code[64];
+    uint8_t code[128];
     /* what came of it */
     struct state after;
     uint32_t vector, error;

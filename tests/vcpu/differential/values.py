@@ -6,6 +6,7 @@ import random
 import struct
 
 MASK64 = (1 << 64) - 1
+STATUS = 0x8D5                     # the status flags in RFLAGS
 CORNERS = tuple(
     value & MASK64
     for bits in (8, 16, 32, 64)
@@ -97,20 +98,35 @@ def vector(rnd: random.Random) -> bytes:
     return bytes(rnd.choices(b"abcd\0\x80\xff", k=16))
 
 
-def fx_image(rnd: random.Random, x87: bool) -> bytes:
-    """An FXSAVE image with numbers in all registers; rarely with unmasked exceptions or pending ones."""
-    kind = rnd.randrange(10)
-    masks = 0x3F if kind < 7 else rnd.getrandbits(6)
-    control = 0x40 | masks | rnd.getrandbits(2) << 10 | rnd.choice((0, 0x200, 0x300, 0x300))
-    pending = rnd.getrandbits(6) & masks if rnd.random() < 0.3 else rnd.getrandbits(6) if kind == 9 and rnd.random() < 0.3 else 0
-    status = rnd.getrandbits(16) & 0x7F00 & ~0x80 | pending
-    if pending & ~masks:
-        status |= 0x8080
+def real(rnd: random.Random, mnemonic: str, width: int) -> bytes:
+    """A memory operand of x87: decimals, control words, integers, reals."""
+    if mnemonic == "fbld":
+        return packed_bcd(rnd)
+    if width == 10:
+        return extended(rnd)
+    if mnemonic == "fldcw":
+        return struct.pack("<H", rnd.choice((0x37F, 0x37F, rnd.getrandbits(16))))
+    if mnemonic.startswith("fi"):
+        return integer(rnd).to_bytes(8, "little")
+    return struct.pack("<I", single(rnd)) if width == 4 else struct.pack("<Q", double(rnd))
+
+
+def fx_image(rnd: random.Random, x87: bool, masked: bool = False) -> bytes:
+    """An FXSAVE image with numbers in all registers. Sometimes exceptions are unmasked, and one of x87 pending, unless
+    `masked`."""
+    mask = 0x3F if masked or rnd.random() < 0.7 else rnd.getrandbits(6)
+    control = 0x40 | mask | rnd.getrandbits(2) << 10 | rnd.choice((0, 0x200, 0x300, 0x300))
+    pending = 0 if masked else rnd.getrandbits(6) & mask if rnd.random() < 0.3 else rnd.getrandbits(6) if rnd.random() < 0.03 else 0
+    status = rnd.getrandbits(15) & 0x7F00 | pending | (0x8080 if pending & ~mask else 0)
     tags = 0xFF if rnd.random() < 0.6 else rnd.getrandbits(8)
     kind = rnd.randrange(10)
-    mxcsr = 0x1F80 if kind < 3 else 0x1F80 | rnd.getrandbits(16) & 0xE07F if kind < 8 else rnd.getrandbits(16) & 0xFFBF
+    mxcsr = 0x1F80 if kind < 3 else 0x1F80 | rnd.getrandbits(16) & 0xE07F if kind < 8 or masked else rnd.getrandbits(16) & 0xFFBF
     if not x87:
         control, status, tags = 0x37F, rnd.getrandbits(3) << 11, rnd.choice((0, 0xFF))
     head = struct.pack("<HHBxHQQII", control, status, tags, 0, 0, 0, mxcsr, 0xFFFF)
     stack = b"".join(extended(rnd) + bytes(6) for _ in range(8))
     return head + stack + b"".join(vector(rnd) for _ in range(16)) + bytes(96)
+
+
+# All masked, registers zero: for instructions that have nothing to do with it
+PLAIN_FX = struct.pack("<H22xI", 0x37F, 0x1F80) + bytes(484)

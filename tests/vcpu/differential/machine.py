@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import mmap
 import os
@@ -26,7 +25,10 @@ BATCH = 256
 CODE_LINEAR, CODE_SIZE, DATA_LINEAR, DATA_SIZE, READONLY = 0x20000000, 0x2000, 0x30000000, 0x4000, 0x2000
 # Selectors as Linux has them, and those of the oracle's LDT
 USER32, USER_DATA, USER64, LDT_CODE16, LDT_DATA = 0x23, 0x2B, 0x33, 0x07, 0x0F
+FS_BASE, GS_BASE = DATA_LINEAR + 0x100, DATA_LINEAR - 0x40
 FX_MXCSR, FX_ST, FX_XMM, FX_END = 24, 32, 160, 416
+# What the host lets us ask (oracle.c)
+HOST_LDT, HOST_FSGSBASE = 1, 2
 
 
 @functools.cache
@@ -44,20 +46,27 @@ class Oracle:
         self.folder = tempfile.TemporaryDirectory()
         path = Path(self.folder.name)
         program, shared = path / "oracle", path / "cases"
-        subprocess.run(["gcc", "-O2", "-fno-stack-protector", "-o", str(program), str(FOLDER / "oracle.c")], check=True)
+        subprocess.run(["gcc", "-O2", "-Wall", "-Wextra", "-fno-stack-protector", "-o", str(program), str(FOLDER / "oracle.c")], check=True)
         size = layout().sizeof("struct test_case") * batch
         with open(shared, "w+b") as file:
             os.ftruncate(file.fileno(), size)
             self._map = mmap.mmap(file.fileno(), size)
         self.cases: Any = layout().from_buffer(f"struct test_case[{batch}]", self._map)
         self.process = subprocess.Popen([str(program), str(shared), str(batch)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.features = self._word()
+
+    def _word(self) -> int:
+        assert self.process.stdout
+        data = self.process.stdout.read(4)
+        if len(data) < 4:
+            raise RuntimeError(f"the oracle ended: {self.process.wait()}")
+        return int.from_bytes(data, "little")
 
     def run(self, count: int) -> None:
-        assert self.process.stdin and self.process.stdout
+        assert self.process.stdin
         self.process.stdin.write(struct.pack("<I", count))
         self.process.stdin.flush()
-        if self.process.stdout.read(4) != struct.pack("<I", count):
-            raise RuntimeError(f"the oracle ended: {self.process.wait()}")
+        self._word()
 
     def close(self) -> None:
         assert self.process.stdin
@@ -79,6 +88,10 @@ def background() -> bytes:
     return bytes((i * 37 >> 3 ^ i) & 0xFF for i in range(DATA_SIZE))
 
 
+class Lost(Exception):
+    """The case did not end in an exception's handler; the machine is of no use any more."""
+
+
 class Ours:
     """A vCPU in user mode; each exception leads to a HLT of its own, with which the case ends."""
 
@@ -91,8 +104,7 @@ class Ours:
         assert self.cpu != core_ffi.NULL, core_ffi.string(lib.core_error()).decode()
         self.arch: Any = lib.core_block(self.cpu).arch
         self.ram = self.segment.ram
-        self.ram_address = self.ram.ctypes.data
-        self.data_address = self.ram_address + DATA_GPA
+        self.data = core_ffi.cast("uint8_t *", self.ram.ctypes.data + DATA_GPA)
         self.gpr = core_ffi.buffer(self.arch.gpr)
         self.fpr = np.frombuffer(core_ffi.buffer(self.arch.fpu.fpr), np.uint8).reshape(8, 16)
         self.xmm = np.frombuffer(core_ffi.buffer(self.arch.vec), np.uint8).reshape(32, 64)[:16, :16]
@@ -158,10 +170,10 @@ class Ours:
     def run(self, case: Any, after: Any) -> tuple[int, int]:
         """Runs the case; the state behind it goes to `after`. Returns (vector, error code); data is in the guest's memory."""
         arch, before = self.arch, case.before
-        ctypes.memmove(self.data_address, self.background, DATA_SIZE)
+        core_ffi.memmove(self.data, self.background, DATA_SIZE)
         for patch in case.patch:
             if patch.size:
-                core_ffi.memmove(core_ffi.cast("char *", self.data_address + patch.at), layout().buffer(patch.bytes), patch.size)
+                core_ffi.memmove(self.data + patch.at, layout().buffer(patch.bytes), patch.size)
         self.segment.dma_write(CODE_GPA + case.code_at, layout().buffer(case.code)[0:case.code_size])
         core_ffi.memmove(self.gpr, layout().buffer(before.gpr), 128)
         arch.rip, arch.rflags, arch.cpl = before.rip, before.rflags, 3
@@ -175,7 +187,7 @@ class Ours:
         self.segment.dma_write(CODE_GPA + case.code_at, b"\xcc" * case.code_size)
         vector = arch.rip - SUPERVISOR - HANDLERS - 1
         if exit != EXIT_DEBUG or not 0 <= vector < 256:
-            raise RuntimeError(f"exit {exit} at {arch.rip:#x}")
+            raise Lost(f"exit {exit} at {arch.rip:#x}")
         core_ffi.memmove(layout().buffer(after.gpr), self.gpr, 128)
         stack = arch.gpr[4] - SUPERVISOR
         error = 0
