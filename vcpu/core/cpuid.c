@@ -144,7 +144,7 @@ static const struct row rows[] = {
     {0x80000005, {0xff20ff20, 0xff20ff20, 0x40020140, 0x40020140}, NULL}, /* 64 KiB, 2-way L1 each */
     {0x80000006, {0, 0x42004200, 0x02008140, 0}, NULL},                  /* 512 KiB, 16-way L2 */
     {0x80000007, {0, 0, 0, BIT(8) /* invariant TSC */}, NULL},
-    {0x80000008, {48 << 8 | PHYS_BITS, BIT(26) /* SSB_NO */, 0, 0}, leaf_sizes},
+    {0x80000008, {48 << 8 | PHYS_BITS, BIT(2) /* XSAVE keeps the error pointers */ | BIT(26) /* SSB_NO */, 0, 0}, leaf_sizes},
     /* LFENCE serialises; a null selector clears the base; automatic IBRS (no retpolines: nothing here predicts); SRSO_NO */
     {0x80000021, {BIT(2) | BIT(6) | BIT(8) | BIT(29), 0, 0, 0}, NULL},
 };
