@@ -455,7 +455,7 @@ def generate() -> str:
     rows = sorted(load(), key=lambda row: (row.map, row.opcode, _rank(row)))
     out = ['#include "decode.h"', '#include "host.h"']
     names = sorted({name for row in rows for name in handlers(row).values()})
-    out += [f"void {name}(struct cpu *, const struct uop *) __attribute__((weak));" for name in names]
+    out += [f"void {name}(struct cpu *, const struct uop *);" for name in names]
     sets: dict[tuple[str, ...], int] = {}
     body, index = [], [[(0, 0)] * 256 for _ in range(4)]
     host = [row for row in load() if "host" in row.words]
@@ -515,7 +515,5 @@ def generate() -> str:
         out.append("  {" + ", ".join(f"{{{first}, {count}}}" for first, count in opcode_map) + "},")
     out += ["};", "const struct host_row host_rows[] = {"]
     out += [*map(_host_row, host), "};"]
-    out.append("const struct opname opnames[] = {")
-    out += [f'  {{"{name}", {name}}},' for name in names]
-    out += ["  {0, 0}", "};", ""]
+    out.append("")
     return "\n".join(out)

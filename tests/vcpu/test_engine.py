@@ -16,7 +16,7 @@ import pytest
 from tests.vcpu.flat import CODE, Flat, compile_c
 from tests.vcpu.guest import REGISTERS, Guest, assemble
 from vcpu import _core, optable
-from vcpu._core import ffi, lib
+from vcpu._core import lib
 
 MakeGuest = Callable[..., Guest]
 PROGRAM = Path(__file__).parent / "programs" / "loops.c"
@@ -35,10 +35,6 @@ def run(machine: Flat, source: str, budget: int = 100_000, **registers: int) -> 
 
 
 # ---- the table ----
-
-
-def test_every_row_has_its_handlers() -> None:
-    assert ffi.string(lib.core_missing_handlers()) == b""
 
 
 def test_every_form_of_a_row_has_a_handler() -> None:

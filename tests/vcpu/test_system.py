@@ -30,7 +30,7 @@ from tests.vcpu.guest import (
     USER_CODE64,
     Guest,
 )
-from vcpu._core import ffi, lib
+from vcpu._core import lib
 
 Make = Callable[..., Guest]
 
@@ -431,7 +431,3 @@ def test_smap_instructions(make_guest: Make) -> None:
     guest = make_guest("long", 3)
     guest.run("stac")
     assert guest.vector == UD
-
-
-def test_missing_handlers() -> None:
-    assert ffi.string(lib.core_missing_handlers()) == b""

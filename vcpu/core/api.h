@@ -18,8 +18,6 @@ int core_run(struct cpu *c, int64_t budget);
 void core_state_changed(struct cpu *c);
 /* HLT ends run() with EXIT_DEBUG, rip behind it: how a program without devices ends in tests. */
 void core_halt_exits(struct cpu *c, int on);
-/* The handlers that the opcode table names and nobody wrote, separated by blanks; empty in a whole build. */
-const char *core_missing_handlers(void);
 /* Architectural state as after power-on; an AP then waits for SIPI. Posted words are emptied. */
 void core_power_on(struct cpu *c);
 /* gpa of a linear address, without side effects or checks of privilege; SEG_NO_OFFSET: not mapped. While run() is not inside. */

@@ -2,7 +2,6 @@
 #include "apic.h"
 #include "api.h"
 #include "block.h"
-#include "decode.h"
 #include "flags.h"
 #include "host.h"
 #include "mem.h"
@@ -104,16 +103,3 @@ void core_state_changed(struct cpu *c)
 }
 
 void core_halt_exits(struct cpu *c, int on) { c->halt_exits = on; }
-
-const char *core_missing_handlers(void)
-{
-    static char names[16384];
-    size_t at = 0;
-    names[0] = 0;
-    for (const struct opname *n = opnames; n->name; n++) {
-        if (!n->fn && at + 64 < sizeof names) {
-            at += (size_t)snprintf(names + at, sizeof names - at, "%s%s", at ? " " : "", n->name);
-        }
-    }
-    return names;
-}

@@ -130,7 +130,7 @@ static bool row_fits(const struct oprow *row, const struct prefixes *p, unsigned
 /* 8-bit registers: without REX, 4-7 are AH CH DH BH */
 static uint8_t byte_register(unsigned r, uint8_t rex) { return (uint8_t)(rex || r < 4 ? r * 8 : (r - 4) * 8 + 1); }
 
-static void take_immediate(struct cursor *s, unsigned kind, unsigned bytes, unsigned mode, struct uop *u)
+static void take_immediate(struct cursor *s, unsigned kind, unsigned bytes, struct uop *u)
 {
     switch (kind) {
     case IMM_B: u->imm = take(s, 1); break;
@@ -147,7 +147,6 @@ static void take_immediate(struct cursor *s, unsigned kind, unsigned bytes, unsi
         break;
     default: break;
     }
-    (void)mode;
 }
 
 static unsigned operand_bytes(const struct oprow *row, const struct prefixes *p, unsigned mode)
@@ -230,7 +229,7 @@ unsigned decode(const uint8_t *bytes, unsigned avail, uint64_t rip, unsigned iof
     if (p.seg != SEG_NONE) {
         u->seg = p.seg;
     }
-    take_immediate(&s, row->imm, row->bits & OPF_BYTE ? 1 : size, mode, u);
+    take_immediate(&s, row->imm, row->bits & OPF_BYTE ? 1 : size, u);
     if (row->imm2 != IMM_NONE) {
         u->aux = (uint16_t)take(&s, 1); /* ENTER's level */
     }

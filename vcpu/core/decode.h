@@ -43,13 +43,11 @@ struct oprow {
     uint8_t imm, imm2;           /* enum imm_kind */
 };
 struct opindex { uint16_t first, count; };
-struct opname { const char *name; uop_fn fn; };
 
 extern const uop_fn ophandlers[][5][4]; /* [form][log2 of operand bytes]; 0: no such encoding */
 extern const struct oprow oprows[];
 extern const struct opindex opindex[4][256];
-extern const struct opname opnames[];   /* all handlers; fn = 0: not there; ends with name = 0 */
-
+extern const 
 struct decoded {
     const struct oprow *row;     /* NULL: invalid */
     uop_fn nf;                   /* the handler for when the flags are dead, or NULL */
