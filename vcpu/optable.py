@@ -27,7 +27,7 @@ attributes  fn=NAME       handler family; default: mnemonic in lower case. C fun
             host          runs as a host instruction: uop.aux is its ordinal among the host rows, host_rows[];
                           fn is op_host unless given; unaligned, x87, nowait, control, as=: sse.tab, x87.tab
             fault=de,gp   faults beyond those of memory operands
-            nodiff=WHY    not to be compared with a host in user mode; `denied`: only that user mode is refused it is compared
+            nodiff=WHY    not compared with a host in user mode; `denied`: only that user mode is refused it
 
 Handlers. `void op_NAME(struct cpu *c, const struct uop *u)`, with suffixes by `forms`:
 

@@ -165,7 +165,7 @@ unsigned decode(const uint8_t *bytes, unsigned avail, uint64_t rip, unsigned iof
     struct cursor s = {bytes, 0, avail, false};
     struct prefixes p;
     *u = (struct uop){.base = R_ZERO, .index = R_ZERO, .seg = DS, .ioff = (uint16_t)ioff};
-    *d = (struct decoded){.fault = VEC_UD};
+    *d = (struct decoded){0};
 
     take_prefixes(&s, mode, &p);
     unsigned opcode = (unsigned)take(&s, 1), map = 0;

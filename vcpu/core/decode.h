@@ -47,15 +47,14 @@ struct opindex { uint16_t first, count; };
 extern const uop_fn ophandlers[][5][4]; /* [form][log2 of operand bytes]; 0: no such encoding */
 extern const struct oprow oprows[];
 extern const struct opindex opindex[4][256];
-extern const 
+
 struct decoded {
-    const struct oprow *row;     /* NULL: invalid */
+    const struct oprow *row;     /* NULL: invalid, #UD */
     uop_fn nf;                   /* the handler for when the flags are dead, or NULL */
-    unsigned fault;              /* VEC_UD or VEC_GP where row is NULL */
 };
 
 /* Decodes the instruction at bytes, of which avail (at most 15) are there; rip is its own, ioff its place in the block. Fills u.
- * Returns its length, or 0: more bytes are needed than avail (with avail 15: too long, d->fault is VEC_GP). */
+ * Returns its length, or 0: more bytes are needed than avail (with avail 15: too long, #GP). */
 unsigned decode(const uint8_t *bytes, unsigned avail, uint64_t rip, unsigned ioff, unsigned mode, struct uop *u, struct decoded *d);
 
 #endif
