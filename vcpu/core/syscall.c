@@ -17,6 +17,18 @@ static void enter_flat(struct cpu *c, uint16_t cs, uint16_t ss, unsigned cpl, ui
     code_commit(c, &code, rip, cpl);
 }
 
+/* Single step over SYSCALL and SYSRET goes by TF as it is behind the instruction, so that an OS keeps the trap out of its
+ * entry code by masking TF, and has it where SYSRET leads. */
+static void step(struct cpu *c, bool tf_before)
+{
+    if (ARCH(c)->rflags & FLAG_TF) {
+        debug_trap(c, DR6_BS);
+    }
+    if (tf_before) {
+        cpu_unwind(c, NULL, UNWIND_RETRY);
+    }
+}
+
 static _Noreturn void gp(struct cpu *c, const struct uop *u) { raise_fault_code(c, u, VEC_GP, 0); }
 
 void op_syscall(struct cpu *c, const struct uop *u)
@@ -36,6 +48,7 @@ void op_syscall(struct cpu *c, const struct uop *u)
         flags_set(c, flags & ~(uint64_t)(FLAG_IF | FLAG_VM | FLAG_RF));
         enter_flat(c, selector & 0xfffcu, selector + 8u, 0, ATTR_D, (uint32_t)a->star);
     }
+    step(c, flags & FLAG_TF);
 }
 
 void op_sysret(struct cpu *c, const struct uop *u)
@@ -60,6 +73,7 @@ void op_sysret(struct cpu *c, const struct uop *u)
     } else {
         enter_flat(c, selector, selector + 8u, 3, ATTR_D, (uint32_t)GPR(c, RCX));
     }
+    step(c, flags & FLAG_TF);
 }
 
 void op_sysenter(struct cpu *c, const struct uop *u)
