@@ -295,7 +295,7 @@ static void access_rights(struct cpu *c, const struct uop *u)
     require_protected(c, u);
     bool ok = inspect(c, u, read_rm16(c, u), TYPES_LAR, TYPES_LAR_LONG, &d);
     if (ok) {
-        write_reg(c, u, u->reg, d.hi & (uop_size(u) == 2 ? 0xff00 : 0xf0ff00));
+        write_reg(c, u, u->reg, d.hi & (uop_size(u) == 2 ? 0xff00 : 0xffff00));
     }
     set_zf(c, ok);
 }
@@ -353,9 +353,6 @@ static void arpl(struct cpu *c, const struct uop *u)
 {
     require_protected(c, u);
     uint64_t lin = uop_mem(u) ? ea_linear(c, u, 2, true) : 0;
-    if (uop_mem(u)) {
-        mem_probe_write(c, u, lin, 2);
-    }
     uint16_t selector = uop_mem(u) ? mem_read16(c, u, lin) : (uint16_t)GPR(c, u->rm);
     unsigned rpl = GPR(c, u->reg) & 3;
     bool raise = SEL_RPL(selector) < rpl;

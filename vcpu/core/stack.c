@@ -62,7 +62,9 @@ HANDLER(op_pop_64_r)
 HANDLER(op_pusha)
 {
     unsigned n = uop_size(u);
-    mem_probe_write(c, u, seg_linear(c, u, SS, (GPR(c, RSP) - 8 * n) & stack_mask(c), 8 * n, true), 8 * n);
+    for (unsigned i = 1; i <= 8; i++) {
+        mem_probe_write(c, u, stack_linear(c, u, (GPR(c, RSP) - i * n) & stack_mask(c), n, true), n);
+    }
     for (unsigned i = 0; i < 8; i++) {
         stack_write(c, u, -(int64_t)((i + 1) * n), GPR(c, i), n);
     }
@@ -74,7 +76,7 @@ static void popa(struct cpu *c, const struct uop *u)
 {
     unsigned n = uop_size(u);
     uint64_t v[8];
-    for (unsigned i = 0; i < 8; i++) {
+    for (unsigned i = 8; i-- > 0;) {
         v[i] = stack_read(c, u, (int64_t)((7 - i) * n), n);
     }
     stack_set(c, GPR(c, RSP) + 8 * n);
