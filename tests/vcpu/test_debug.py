@@ -119,7 +119,7 @@ def test_moves_of_debug_registers(make_guest: Make) -> None:
 
 @pytest.mark.parametrize(("mask", "vector"), [(0, DB), (TF, None)])
 def test_single_step_into_syscall(make_guest: Make, mask: int, vector: int | None) -> None:
-    """By TF as SYSCALL leaves it: FMASK keeps the trap out of the kernel's entry, SYSRET has it at its target."""
+    """By TF as SYSCALL leaves it: FMASK keeps the trap out of the kernel, SYSRET has it at its target."""
     guest = make_guest("long", 3)
     guest.arch.star, guest.arch.lstar, guest.arch.fmask = (USER_CODE32 & ~3) << 48 | CODE64 << 32, DATA, mask
     guest.set(efer=guest.efer | 1, rflags=2 | TF)
@@ -132,16 +132,12 @@ def test_single_step_into_syscall(make_guest: Make, mask: int, vector: int | Non
         assert guest.rdi == 0 and guest.stack()[0] == DATA
 
 
-@pytest.mark.parametrize(
-    ("code", "dr7", "rcx", "behind"), [("rep movsb", 0x400, 4, 0), ("rep movsb", 0x10401, 2, 0)]
-)
+@pytest.mark.parametrize(("dr7", "rflags", "rcx"), [(0x400, 2 | TF, 4), (0x10401, 2, 2)])
 def test_repeated_instructions_trap_behind_an_iteration(
-    make_guest: Make, code: str, dr7: int, rcx: int, behind: int
+    make_guest: Make, dr7: int, rflags: int, rcx: int
 ) -> None:
     """Section 17.3.1.1: TF, and a data breakpoint, between the iterations."""
     guest = make_guest("long")
-    guest.set(
-        rcx=5, rsi=0x9000, rdi=SCRATCH, dr0=SCRATCH + 2, dr7=dr7, rflags=2 | (TF if dr7 == 0x400 else 0)
-    )
-    guest.run(code)
-    assert guest.vector == DB and guest.rcx == rcx and guest.stack()[0] == CODE + behind
+    guest.set(rcx=5, rsi=0x9000, rdi=SCRATCH, dr0=SCRATCH + 2, dr7=dr7, rflags=rflags)
+    guest.run("rep movsb")
+    assert guest.vector == DB and guest.rcx == rcx and guest.stack()[0] == CODE
