@@ -9,86 +9,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 import stat
 import sys
-import termios
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from coordinator.cli.options import KeyValues, nearest
-from coordinator.contract.errors import ConfigError, UsageError
+from coordinator.chardev_spec import ChardevSpec
+from coordinator.contract.errors import ConfigError
 
-KINDS = ("stdio", "file", "socket", "null")
-#: bytes kept for a peer that does not read; more are dropped, as a serial line would
+#: bytes kept for a peer that does not read. Beyond that a serial line loses bytes; a monitor's
+#: connection, whose messages would be torn, is cut
 BACKLOG = 1 << 20
-
-
-@dataclass(frozen=True)
-class ChardevSpec:
-    """A character device as the command line names it."""
-
-    kind: str
-    id: str = ""
-    path: str = ""
-    host: str = ""
-    port: int = 0
-    server: bool = False
-    #: wait for the first client before the guest runs
-    wait: bool = False
-    append: bool = False
-    #: shares the terminal with the monitor (mon:stdio)
-    mux: bool = False
-
-    @classmethod
-    def from_properties(cls, kv: KeyValues) -> ChardevSpec:
-        """-chardev BACKEND,id=ID,..."""
-        kind = kv.choice("backend", KINDS, "null")
-        server = kv.flag("server")
-        spec = cls(
-            kind=kind, id=kv.need("id"), path=kv.take("path") or "", host=kv.take("host") or "127.0.0.1",
-            port=kv.number("port", 0, 0, 65535), server=server, wait=kv.flag("wait", server),
-            append=kv.flag("append"), mux=kv.flag("mux"),
-        )
-        kv.ignore("signal", "logfile", "nodelay", "reconnect", "telnet", "ipv4", "ipv6")
-        kv.done(("backend", "id", "path", "host", "port", "server", "wait", "append", "mux"))
-        if kind == "socket" and not spec.path and not spec.port:
-            raise UsageError(f"-chardev socket,id={spec.id}: needs path= or host= and port=")
-        if kind == "file" and not spec.path:
-            raise UsageError(f"-chardev file,id={spec.id}: needs path=")
-        return spec
-
-
-def parse_device(option: str, text: str, chardevs: dict[str, ChardevSpec] | None = None) -> ChardevSpec:
-    """The short form of -serial, -monitor and -qmp: ``unix:PATH,server=on,wait=off`` and the like."""
-    kind, colon, rest = text.partition(":")
-    if text in ("null", "none", "vc") or kind == "vc":
-        return ChardevSpec("null")
-    if text == "stdio":
-        return ChardevSpec("stdio")
-    if text == "mon:stdio":
-        return ChardevSpec("stdio", mux=True)
-    if kind == "file" and rest:
-        return ChardevSpec("file", path=rest)
-    if kind == "chardev" and rest:
-        if not chardevs or rest not in chardevs:
-            raise UsageError(f"-{option} {text}: there is no -chardev id={rest} before it")
-        return chardevs[rest]
-    if kind in ("unix", "tcp") and rest:
-        kv = KeyValues(option, rest, implied="where")
-        where = kv.need("where")
-        server = kv.flag("server")
-        wait = kv.flag("wait", server)
-        kv.ignore("nodelay", "reconnect")
-        kv.done(("server", "wait"))
-        if kind == "unix":
-            return ChardevSpec("socket", path=where, server=server, wait=wait)
-        host, _, port = where.rpartition(":")
-        if not port.isdigit() or not 0 < int(port) < 65536:
-            raise UsageError(f"-{option} {text}: say tcp:HOST:PORT")
-        return ChardevSpec("socket", host=host or "127.0.0.1", port=int(port), server=server, wait=wait)
-    known = ("stdio", "mon:stdio", "file:", "unix:", "tcp:", "chardev:", "null", "none")
-    raise UsageError(f"-{option} {text}: unknown device; the nearest known one is {nearest(text, known)}")
+CUT_BACKLOG = 16 << 20
+READ_SIZE = 65536
+CLOSE_SECONDS = 1.0
 
 
 class Frontend(Protocol):
@@ -100,6 +35,9 @@ class Frontend(Protocol):
 
     def disconnected(self, device: Chardev) -> None: ...
 
+    async def room(self) -> None:
+        """Returns when the frontend can take more input; a device that can wait does so."""
+
 
 class Chardev:
     """Base: a device that swallows everything (``null``)."""
@@ -107,6 +45,8 @@ class Chardev:
     def __init__(self, spec: ChardevSpec) -> None:
         self.spec = spec
         self.frontend: Frontend | None = None
+        #: may lose output to a peer that does not read
+        self.lossy = True
 
     async def open(self) -> None:
         """Open files and sockets; ConfigError names what cannot be."""
@@ -116,91 +56,52 @@ class Chardev:
 
     def write(self, data: bytes) -> None: ...
 
-    def hang_up(self) -> None:
-        """Drop the peer of a socket."""
-
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Let go of everything; harmless where it was never opened."""
 
 
 class FileDevice(Chardev):
-    """Output into a file."""
+    """Output into a file. What does not fit is lost, which is said once."""
+
+    _fd: int | None = None
+    _failed = False
 
     async def open(self) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_APPEND if self.spec.append else os.O_TRUNC)
         try:
             self._fd = os.open(self.spec.path, flags, 0o666)
-        except OSError as error:
-            raise ConfigError(f"{self.spec.path}: {error.strerror}") from None
-
-    def write(self, data: bytes) -> None:
-        try:
-            while data:
-                data = data[os.write(self._fd, data) :]
-        except OSError as error:
-            print(f"atoll run: {self.spec.path}: {error.strerror}; output is lost", file=sys.stderr)
-
-    async def close(self) -> None:
-        os.close(self._fd)
-
-
-class StdioDevice(Chardev):
-    """The terminal, in raw mode while it is ours. Output keeps the order and waits for a slow reader."""
-
-    async def open(self) -> None:
-        self._in, self._out = 0, 1
-        self._saved: list[object] | None = None
-        if os.isatty(self._in):
-            self._saved = termios.tcgetattr(self._in)
-            raw = termios.tcgetattr(self._in)
-            raw[0] &= ~(termios.IGNBRK | termios.BRKINT | termios.PARMRK | termios.ISTRIP | termios.INLCR
-                        | termios.IGNCR | termios.ICRNL | termios.IXON)
-            raw[3] &= ~(termios.ECHO | termios.ECHONL | termios.ICANON | termios.IEXTEN)
-            if self.spec.mux:
-                raw[3] &= ~termios.ISIG  # Ctrl-C is the guest's; Ctrl-a x ends
-            termios.tcsetattr(self._in, termios.TCSANOW, raw)
-        with contextlib.suppress(OSError, PermissionError):  # a closed or regular-file stdin has no events
-            asyncio.get_running_loop().add_reader(self._in, self._readable)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot write {self.spec.path}: {getattr(error, 'strerror', error)}") from None
         if self.frontend:
             self.frontend.connected(self)
 
-    def _readable(self) -> None:
-        data = os.read(self._in, 4096)
-        if not data:
-            asyncio.get_running_loop().remove_reader(self._in)
-        elif self.frontend:
-            self.frontend.received(self, data)
-
     def write(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            try:
-                view = view[os.write(self._out, view) :]
-            except BlockingIOError:
-                os.set_blocking(self._out, True)
-            except OSError:
-                return  # the reader is gone; the guest goes on
+        if self._fd is None:
+            return
+        try:
+            while data:
+                data = data[os.write(self._fd, data) :]
+            self._failed = False
+        except OSError as error:
+            if not self._failed:
+                print(f"atoll run: {self.spec.path}: {error.strerror}; output is lost", file=sys.stderr)
+            self._failed = True
 
     async def close(self) -> None:
-        with contextlib.suppress(ValueError, OSError, PermissionError):
-            asyncio.get_running_loop().remove_reader(self._in)
-        if self._saved is not None:
-            termios.tcsetattr(self._in, termios.TCSADRAIN, self._saved)  # type: ignore[arg-type]
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
 
 
 class SocketDevice(Chardev):
     """A UNIX or TCP socket, as server (one client at a time) or client."""
 
-    _server: asyncio.AbstractServer | None = None
-    _writer: asyncio.StreamWriter | None = None
-
     def __init__(self, spec: ChardevSpec) -> None:
         super().__init__(spec)
+        self._server: asyncio.AbstractServer | None = None
+        self._writer: asyncio.StreamWriter | None = None
         self._first = asyncio.Event()
-        self._reader_task: asyncio.Task[None] | None = None
-
-    @property
-    def _where(self) -> str:
-        return self.spec.path or f"{self.spec.host}:{self.spec.port}"
+        self._session: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         spec = self.spec
@@ -212,32 +113,35 @@ class SocketDevice(Chardev):
                 self._server = await asyncio.start_server(self._accept, spec.host, spec.port)
             else:
                 connect = (asyncio.open_unix_connection(spec.path) if spec.path
-                           else asyncio.open_connection(spec.host, spec.port))
-                reader, writer = await connect
-                self._reader_task = asyncio.create_task(self._accept(reader, writer))
-        except OSError as error:
+                           else asyncio.open_connection(spec.host, spec.port))  # fmt: skip
+                self._accept(*await connect)
+        except (OSError, ValueError) as error:
             verb = "listen on" if spec.server else "connect to"
-            raise ConfigError(f"cannot {verb} {self._where}: {error.strerror or error}") from None
+            raise ConfigError(f"cannot {verb} {spec.where}: {getattr(error, 'strerror', None) or error}") from None
 
     async def wait(self) -> None:
         if self.spec.server and self.spec.wait and not self._first.is_set():
-            print(f"atoll run: waiting for a connection on {self._where}", file=sys.stderr, flush=True)
+            print(f"atoll run: waiting for a connection on {self.spec.where}", file=sys.stderr, flush=True)
             await self._first.wait()
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._writer is not None:
             writer.close()
             return
         self._writer = writer
         self._first.set()
+        self._session = asyncio.create_task(self._serve(reader, writer))
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self.frontend:
             self.frontend.connected(self)
         try:
-            while data := await reader.read(65536):
+            while data := await reader.read(READ_SIZE):
                 if self.frontend:
                     self.frontend.received(self, data)
-        except ConnectionError:
-            pass
+                    await self.frontend.room()
+        except OSError:
+            pass  # the peer has gone in its own way
         finally:
             self._writer = None
             if self.frontend:
@@ -246,52 +150,58 @@ class SocketDevice(Chardev):
                 writer.close()
 
     def write(self, data: bytes) -> None:
-        if self._writer is not None and self._writer.transport.get_write_buffer_size() < BACKLOG:
+        if self._writer is None or self._writer.is_closing():
+            return
+        waiting = self._writer.transport.get_write_buffer_size()
+        if waiting < (BACKLOG if self.lossy else CUT_BACKLOG):
             self._writer.write(data)
-
-    def hang_up(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        elif not self.lossy:
+            self._writer.transport.abort()
 
     async def close(self) -> None:
-        writer = self._writer
-        if writer is not None:
-            with contextlib.suppress(ConnectionError, TimeoutError):
-                await asyncio.wait_for(writer.drain(), 1.0)
-            writer.close()
         if self._server is not None:
             self._server.close()
             if self.spec.path:
                 with contextlib.suppress(OSError):
                     os.unlink(self.spec.path)
-        if self._reader_task is not None:
-            self._reader_task.cancel()
+            self._server = None
+        writer, session = self._writer, self._session
+        if writer is not None:
+            with contextlib.suppress(OSError, TimeoutError):
+                await asyncio.wait_for(writer.drain(), CLOSE_SECONDS)
+            writer.close()
+            with contextlib.suppress(OSError, TimeoutError):
+                await asyncio.wait_for(writer.wait_closed(), CLOSE_SECONDS)
+        if session is not None:
+            session.cancel()
+            await asyncio.gather(session, return_exceptions=True)
 
 
 def _remove_stale_socket(path: str) -> None:
     """A socket file nobody listens on is in the way of the next start; anything else is refused."""
-    import socket
-
     file = Path(path)
-    if not file.exists():
-        return
-    if not stat.S_ISSOCK(file.stat().st_mode):
-        raise ConfigError(f"{path} is in the way and is not a socket; remove it or choose another path")
-    probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
-        probe.connect(path)
-    except ConnectionRefusedError:
-        file.unlink()
-    except BlockingIOError:
-        raise ConfigError(f"{path} is in use by another process; choose another path") from None
-    else:
-        raise ConfigError(f"{path} is in use by another process; choose another path")
-    finally:
-        probe.close()
-
-
-DEVICES: dict[str, type[Chardev]] = {"null": Chardev, "file": FileDevice, "stdio": StdioDevice, "socket": SocketDevice}
+        mode = file.stat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise ConfigError(f"{path} is in the way and is not a socket; remove it or choose another path")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            file.unlink()
+            return
+        except BlockingIOError:
+            pass  # somebody listens and is busy
+    raise ConfigError(f"{path} is in use by another process; choose another path")
 
 
 def make(spec: ChardevSpec) -> Chardev:
-    return DEVICES[spec.kind](spec)
+    """The device that a specification describes."""
+    from coordinator.terminal import StdioDevice
+
+    devices: dict[str, type[Chardev]] = {
+        "null": Chardev, "file": FileDevice, "stdio": StdioDevice, "socket": SocketDevice
+    }  # fmt: skip
+    return devices[spec.kind](spec)

@@ -14,6 +14,8 @@ from coordinator.machine import Vm
 UART_FIFO = 16
 #: how long to wait for the guest to read its FIFO, seconds
 RETRY_SECONDS = 0.01
+#: input kept for a guest that does not read, bytes; a device that can wait is made to
+ENOUGH_INPUT = 64 << 10
 
 ESCAPE = 0x01  # Ctrl-a
 HELP = (
@@ -31,6 +33,8 @@ class SerialPort:
         self.device = device
         self._input = bytearray()
         self._pump: asyncio.Task[None] | None = None
+        self._room = asyncio.Event()
+        self._room.set()
 
     def connected(self, device: Chardev) -> None: ...
 
@@ -38,21 +42,31 @@ class SerialPort:
 
     def received(self, device: Chardev, data: bytes) -> None:
         self._input += data
+        if len(self._input) >= ENOUGH_INPUT:
+            self._room.clear()
         if self._pump is None or self._pump.done():
             self._pump = asyncio.create_task(self._feed())
 
+    async def room(self) -> None:
+        await self._room.wait()
+
     async def _feed(self) -> None:
-        while self._input:
-            command = messages.SerialInput(
-                serial=self._vm.next_serial(), index=self._index, data=bytes(self._input[:UART_FIFO])
-            )
-            try:
-                taken = await self._vm.command("devhost0", command)
-            except IslandError:
-                return
-            del self._input[: int(taken or 0)]
-            if not taken:
-                await asyncio.sleep(RETRY_SECONDS)
+        """What arrives while the machine is still starting waits for it."""
+        try:
+            await self._vm.started()
+            while self._input:
+                command = messages.SerialInput(
+                    serial=self._vm.next_serial(), index=self._index, data=bytes(self._input[:UART_FIFO])
+                )
+                taken = int(await self._vm.command("devhost0", command) or 0)
+                del self._input[:taken]
+                if len(self._input) < ENOUGH_INPUT:
+                    self._room.set()
+                if not taken:
+                    await asyncio.sleep(RETRY_SECONDS)
+        except IslandError:
+            self._input.clear()  # the machine has ended
+            self._room.set()
 
     def output(self, data: bytes) -> None:
         self.device.write(data)
@@ -88,6 +102,9 @@ class Mux:
 
     def disconnected(self, device: Chardev) -> None:
         self._frontend(0).disconnected(self.channels[0])
+
+    async def room(self) -> None:
+        await self._frontend(self._front).room()
 
     def _frontend(self, number: int) -> Frontend:
         frontend = self.channels[number].frontend

@@ -1,14 +1,17 @@
 """Start and watch the processes of a machine.
 
-Processes are spawned, never forked: a fork would carry ZeroMQ's threads and locks along. A
-descriptor that a child needs is an ``Inherited`` in its configuration and arrives there as a plain
-number. Death is noticed at once through a pidfd.
+They come from a fork server (``prepare``): a process of its own that has imported what islands need
+and never has a thread, so that no lock or ZeroMQ context is ever carried over a fork. A descriptor
+that a child needs is an ``Inherited`` in its configuration and arrives there as a plain number; other
+descriptors of the coordinator's do not reach it. Death is noticed at once through a pidfd.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
+import select
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -16,15 +19,59 @@ from typing import Any
 
 import msgspec
 import multiprocess
-from multiprocess import reduction
+from multiprocess import forkserver, process, reduction, resource_tracker
 
-from coordinator.contract.errors import AtollError, IslandError
+from coordinator.contract.errors import AtollError, ConfigError, IslandError
 
-_context = multiprocess.get_context("spawn")
+NURSERY = "coordinator.nursery"
+#: the machine's name, for the fork server's title in ``ps``
+NAME_VARIABLE = "ATOLL_NURSERY_OF"
+TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGHUP)
+#: how long the exit status of a process that has ended may take to get here, seconds
+STATUS_SECONDS = 2.0
+#: how much of a log's end is looked at, bytes
+LOG_END = 64 << 10
+
+_context = multiprocess.get_context("forkserver")
+
+
+def prepare(machine: str, folder: Path) -> None:
+    """Start the fork server of a machine. It imports in the background; the first island waits for it.
+
+    Its socket is in the machine's runtime folder, which is private. Nothing of ours is tracked
+    (there are no named semaphores), so the tracker, a whole further interpreter, is left out.
+    """
+    untracked = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    resource_tracker.ensure_running = lambda: None
+    resource_tracker.getfd = lambda: untracked
+    process.current_process()._config["tempdir"] = str(folder)
+    forkserver.set_forkserver_preload([NURSERY])
+    os.environ[NAME_VARIABLE] = machine
+    # NumPy's OpenBLAS starts a thread for each core where it is not told otherwise
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    # the terminal's signals are the coordinator's; ignored ones stay so in all that start from here
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in TERMINAL_SIGNALS}
+    try:
+        forkserver.ensure_running()
+    except OSError as error:
+        raise ConfigError(f"cannot start the processes of the machine: {error.strerror}") from None
+    finally:
+        del os.environ[NAME_VARIABLE]
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def dismiss() -> None:
+    """End the fork server; the islands have ended before."""
+    server = forkserver._forkserver
+    if server._forkserver_pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(server._forkserver_pid, signal.SIGKILL)  # it may still be importing, and has nothing to lose
+        server._stop()
 
 
 class Inherited:
-    """A descriptor that is duplicated into the child while it is being spawned."""
+    """A descriptor that is duplicated into the child while it is being started."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -38,18 +85,22 @@ def _arrived(handle: Any) -> int:
     return fd
 
 
-def _main(entry: Callable[[Any], None], config: type[msgspec.Struct], fields: dict[str, Any]) -> None:
-    """First function of a child."""
+def _main(module: str, config: type[msgspec.Struct], fields: dict[str, Any]) -> None:
+    """First function of a child. What it prints, a traceback too, goes to its log; the terminal is not its."""
+    log = os.open(fields["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
     try:
-        entry(config(**fields))
+        importlib.import_module(module).main(config(**fields))
     except AtollError as error:
         raise SystemExit(str(error)) from None
 
 
 class Island:
-    """One process of the machine. ``role`` is "vcpu0", "devhost0", "blockd"."""
+    """One process of the machine. ``role`` is "vcpu0", "devhost0", "blockd"; ``module`` has its ``main``."""
 
-    def __init__(self, role: str, entry: Callable[[Any], None], config: msgspec.Struct, log: Path) -> None:
+    def __init__(self, role: str, module: str, config: msgspec.Struct, log: Path) -> None:
         self.role = role
         self.log = log
         fields = {name: getattr(config, name) for name in config.__struct_fields__}
@@ -58,41 +109,52 @@ class Island:
                 fields[name] = Inherited(value)
             elif name.endswith("_fds"):
                 fields[name] = [Inherited(fd) for fd in value]
-        self.process = _context.Process(target=_main, args=(entry, type(config), fields), name=role)
+        self.process = _context.Process(target=_main, args=(module, type(config), fields), name=role)
         try:
             self.process.start()
-        except OSError as error:
-            raise IslandError(f"cannot start {role}: {error.strerror}") from None
-        self.pid: int = self.process.pid
-        self.pidfd = os.pidfd_open(self.pid)
+            self.pid: int = self.process.pid
+            self.pidfd = os.pidfd_open(self.pid)
+        except (OSError, EOFError) as error:
+            raise IslandError(f"cannot start {role}: {getattr(error, 'strerror', None) or 'it ended at once'}") from None
 
     def alive(self) -> bool:
-        return bool(self.process.is_alive())
+        poller = select.poll()
+        poller.register(self.pidfd, select.POLLIN)
+        return not poller.poll(0)
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
     def reap(self, seconds: float) -> bool:
         """Wait for the end; True when it came."""
-        self.process.join(seconds)
-        return not self.alive()
+        poller = select.poll()
+        poller.register(self.pidfd, select.POLLIN)
+        return bool(poller.poll(int(seconds * 1000)))
 
     def close(self) -> None:
         os.close(self.pidfd)
 
     def epitaph(self) -> str:
-        """How it ended, with the last line of its log: for the user."""
-        self.process.join(0.2)
+        """How it ended."""
+        self.process.join(STATUS_SECONDS)
         code = self.process.exitcode
-        if code is None:
-            how = "is still running"
+        if code is None or self.alive():
+            how = "ended"
         elif code < 0:
             how = f"was killed by {signal.Signals(-code).name}"
         else:
             how = f"ended with status {code}"
+        return f"{self.role} (pid {self.pid}) {how}"
+
+    def last_words(self) -> str:
+        """The last line of its log, empty where it has none. In a log of all islands (-D) only lines with its name count."""
         try:
-            lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+            with self.log.open("rb") as file:
+                file.seek(max(0, self.log.stat().st_size - LOG_END))
+                text = file.read().decode(errors="replace")
         except OSError:
-            lines = []
-        return f"{self.role} (pid {self.pid}) {how}" + (f"; its log ends: {lines[-1].strip()}" if lines else "")
+            return ""
+        mine = "" if self.log.name == f"{self.role}.log" else f" {self.role}: "
+        lines = [line for line in text.splitlines() if line.strip() and mine in line]
+        return lines[-1].strip() if lines else ""

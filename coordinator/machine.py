@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import logging
 import os
-import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-import blockd.main
-import devhost.main
-import vcpu.main
-from coordinator import runtime
+from coordinator import epitaph
 from coordinator.contract import messages
 from coordinator.contract.codec import encode
 from coordinator.contract.config import (
@@ -40,29 +36,27 @@ from coordinator.contract.errors import IslandError, MessageError
 from coordinator.contract.island import router
 from coordinator.contract.segment import Segment
 from coordinator.islands import Island
+from coordinator.policy import Options
 
 log = logging.getLogger(__name__)
 
 #: how long an island may take to say hello, and to end when told to, seconds
 START_SECONDS = 60.0
 END_SECONDS = 5.0
+#: how long the last notice of an island may still be on its way when its death is seen, seconds
+LAST_NOTICE_SECONDS = 0.3
 #: of the standard VGA card: the linear frame buffer and the planes (devhost/vga/planes.py)
 VRAM_SIZE = (16 << 20) + (256 << 10)
 #: behind the firmware in the segment's ROM: the VGA option ROM
 OPTION_ROM_ROOM = 64 << 10
 
+#: QMP's ShutdownCause, as far as guests bring it about
+RESET_CAUSES = ("guest-reset", "subsystem-reset")
+SHUTDOWN_CAUSES = ("guest-shutdown", *RESET_CAUSES)
+
 Notice = messages.AnyNotice
 #: what may precede the guest's first instruction: loads RAM and says how vCPU 0 starts
 Loader = Callable[[Segment], messages.LoadCpu | None]
-
-
-@dataclass(frozen=True)
-class Options:
-    """How the machine behaves, apart from what it is made of."""
-
-    start_paused: bool = False
-    no_reboot: bool = False
-    no_shutdown: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,7 +71,10 @@ class Ending:
 class Vm:
     """Owns the segment, the control socket and the islands of one machine."""
 
-    def __init__(self, machine: Machine, options: Options, loader: Loader) -> None:
+    def __init__(
+        self, machine: Machine, options: Options, loader: Loader, folder: Path, log_file: str | None = None
+    ) -> None:
+        """``folder`` is the runtime folder; islands log there, or all into ``log_file``."""
         self.machine = machine
         self.options = options
         self.state = "prelaunch"
@@ -92,8 +89,12 @@ class Vm:
         self._open: dict[int, tuple[str, asyncio.Future[Any]]] = {}
         self._serial = itertools.count(1)
         self._lock = asyncio.Lock()
+        #: held while media are being exchanged
+        self.media_lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
-        self.folder: Path | None = None
+        self.folder = folder
+        self._log_file = log_file
+        self._started = asyncio.Event()
         self.segment: Segment | None = None
         self._context: zmq.Context[Any] = zmq.Context()
         self._socket: zmq.asyncio.Socket | None = None
@@ -104,7 +105,6 @@ class Vm:
     async def start(self) -> None:
         """Bring up all islands; the guest runs unless asked to wait."""
         machine = self.machine
-        self.folder = runtime.create(machine.name)
         self.segment = Segment.create(
             vcpus=machine.vcpus,
             ram=machine.ram,
@@ -119,8 +119,19 @@ class Vm:
         self._start_islands()
         await self._wait_for_hellos()
         await self._load()
+        self._started.set()
         if not self.options.start_paused:
             await self.cont()
+
+    async def started(self) -> None:
+        """Return when every island is there, which commands to them need; IslandError if that never comes."""
+        waiting = asyncio.ensure_future(self._started.wait())
+        try:
+            await asyncio.wait({waiting, self.ending}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiting.cancel()
+        if self.ending.done():
+            raise IslandError("the machine has ended")
 
     def _start_islands(self) -> None:
         machine, folder, segment = self.machine, str(self.folder), self.segment
@@ -131,22 +142,21 @@ class Vm:
             for d in machine.drives
             if d.file is not None
         )
-        self._island("blockd", blockd.main.main, BlockdConfig, exports=exports, **common)
+        self._island("blockd", "blockd.main", BlockdConfig, exports=exports, **common)
         self._island(
-            "devhost0", devhost.main.main, DevhostConfig, index=0, machine=machine,
+            "devhost0", "devhost.main", DevhostConfig, index=0, machine=machine,
             segment_fd=segment.fd, doorbell_fd=self._doorbells[0], **common,
         )
         for i in range(machine.vcpus):
             self._island(
-                f"vcpu{i}", vcpu.main.main, VcpuConfig, index=i,
+                f"vcpu{i}", "vcpu.main", VcpuConfig, index=i,
                 segment_fd=segment.fd, doorbell_fds=tuple(self._doorbells), **common,
             )
 
-    def _island(self, role: str, entry: Callable[[Any], None], config: type, **fields: Any) -> None:
-        assert self.folder is not None
-        log_file = self.folder / f"{role}.log"
+    def _island(self, role: str, module: str, config: type, **fields: Any) -> None:
+        log_file = Path(self._log_file).absolute() if self._log_file else self.folder / f"{role}.log"
         self._hello[role] = asyncio.Event()
-        island = Island(role, entry, config(log=str(log_file), **fields), log_file)
+        island = Island(role, module, config(log=str(log_file), **fields), log_file)
         self.islands[role] = island
         asyncio.get_running_loop().add_reader(island.pidfd, self._died, role)
 
@@ -258,12 +268,16 @@ class Vm:
 
     # ---- life and death ------------------------------------------------------------------------
     def _died(self, role: str) -> None:
-        island = self.islands[role]
-        asyncio.get_running_loop().remove_reader(island.pidfd)
-        if self._expected_exit:
-            return
-        self.state = "internal-error"
-        self._end(Ending("internal-error", 1, island.epitaph()))
+        asyncio.get_running_loop().remove_reader(self.islands[role].pidfd)
+        if not self._expected_exit:
+            self._spawn(self._mourn(role))
+
+    async def _mourn(self, role: str) -> None:
+        """An island has died: end the run with its name, state and log. One that failed has said so itself."""
+        await asyncio.wait({self.ending}, timeout=LAST_NOTICE_SECONDS)
+        if not self.ending.done():
+            self.state = "internal-error"
+            self._end(Ending("internal-error", 1, epitaph.describe(self, self.islands[role])))
 
     def _end(self, ending: Ending) -> None:
         for _, future in self._open.values():
@@ -273,18 +287,22 @@ class Vm:
             self.ending.set_result(ending)
 
     async def _guest_reset(self, reason: str) -> None:
+        cause = reason if reason in RESET_CAUSES else "guest-reset"
         if self.options.no_reboot:
-            await self._guest_shutdown(reason, 0)
+            await self._guest_shutdown(cause, 0)
             return
-        await self.reset(guest=True, reason=reason)
+        await self.reset(guest=True, reason=cause)
 
     async def _guest_shutdown(self, reason: str, status: int) -> None:
-        guest = reason != "host-qmp-quit"
-        await self._pause()
-        self.state = "shutdown"
-        self.event("SHUTDOWN", {"guest": guest, "reason": reason})
-        if not self.options.no_shutdown or reason == "debug-exit":
-            self._end(Ending(reason, status))
+        async with self._lock:
+            if self.state == "running":
+                await self._pause()
+            self.state = "shutdown"
+            self.event("SHUTDOWN", {"guest": True, "reason": reason if reason in SHUTDOWN_CAUSES else "guest-shutdown"})
+            if self.options.no_shutdown and reason != "debug-exit":
+                self.event("STOP")
+            else:
+                self._end(Ending(reason, status))
 
     async def _pause(self) -> None:
         assert self.segment is not None
@@ -304,7 +322,7 @@ class Vm:
             if self.state == "running":
                 return
             if self.state == "shutdown":
-                raise IslandError("the guest has shut down; reset it first")
+                raise IslandError("Resetting the Virtual Machine is required")
             await self._run()
             self.state = "running"
             self.event("RESUME")
@@ -351,10 +369,11 @@ class Vm:
             elif self.state == "shutdown":
                 self.state = "paused"
 
-    async def quit(self, reason: str = "host-qmp-quit", status: int = 0) -> None:
-        """End the run from the host's side."""
-        self.event("SHUTDOWN", {"guest": False, "reason": reason})
-        self._end(Ending(reason, status))
+    def quit(self, reason: str = "host-qmp-quit") -> None:
+        """End the run from the host's side, at any time."""
+        if not self.ending.done():
+            self.event("SHUTDOWN", {"guest": False, "reason": reason})
+        self._end(Ending(reason))
 
     async def close(self) -> None:
         """End every island in order and remove what the machine left; safe at any stage of start."""
@@ -370,25 +389,26 @@ class Vm:
             self.segment.close()
         for fd in self._doorbells:
             os.close(fd)
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
     async def _end_islands(self) -> None:
         """vCPUs first, then who they talk to, blockd last so that it can flush."""
-        loop = asyncio.get_running_loop()
         for prefix in ("vcpu", "devhost", "blockd"):
             islands = [island for role, island in self.islands.items() if role.startswith(prefix)]
-            for island in islands:
-                if island.alive() and self._hello[island.role].is_set():
-                    with contextlib.suppress(IslandError, TimeoutError):
-                        quit_ = messages.Quit(serial=self.next_serial())
-                        await asyncio.wait_for(self.command(island.role, quit_), END_SECONDS)
-                else:
-                    island.kill()
-            for island in islands:
-                if not await loop.run_in_executor(None, island.reap, END_SECONDS):
-                    island.kill()
-                    await loop.run_in_executor(None, island.reap, END_SECONDS)
-                with contextlib.suppress(ValueError, OSError):
-                    loop.remove_reader(island.pidfd)
-                island.close()
+            await asyncio.gather(*(self._end_island(island) for island in islands))
+
+    async def _end_island(self, island: Island) -> None:
+        """By its own doing where it listens, else by force."""
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(island.pidfd)
+        answered = False
+        if island.alive() and self._hello[island.role].is_set():
+            with contextlib.suppress(IslandError, TimeoutError):
+                quit_ = messages.Quit(serial=self.next_serial())
+                await asyncio.wait_for(self.command(island.role, quit_), END_SECONDS)
+                answered = True
+        if not answered or not await asyncio.to_thread(island.reap, END_SECONDS):
+            if island.alive():
+                log.info("%s does not end by itself and is killed", island.role)
+            island.kill()
+            await asyncio.to_thread(island.reap, END_SECONDS)
+        island.close()

@@ -1,61 +1,91 @@
 """The private runtime folder of a machine: sockets and logs, gone when the machine ends.
 
-It is ``$XDG_RUNTIME_DIR/atoll/NAME-PID`` (else under the temporary folder), mode 0700. What a
-killed coordinator left behind is removed by the next start: the PID in the name is looked up.
+It is ``$XDG_RUNTIME_DIR/atoll/NAME-PID`` (else under the temporary folder), mode 0700. A machine
+holds a lock on a file in it for as long as it lives; what a killed coordinator left behind has no such
+lock any more and is removed by the next start. A lock tells more than the PID in the name, which may
+belong to another process by now, or to another PID namespace.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from coordinator.contract.errors import ConfigError
 
-#: the kernel's limit on a UNIX socket path, less our longest file name
-_LONGEST = 90
+LOCK = "lock"
+#: the kernel's limit on a UNIX socket path (unix(7): 108 with the final zero), less our longest file name
+LONGEST_FOLDER = 90
+LONGEST_NAME = 24
 
 
 def base() -> Path:
     """The folder that holds all machines of this user."""
     parent = os.environ.get("XDG_RUNTIME_DIR")
-    if parent and os.access(parent, os.W_OK) and len(parent) < _LONGEST - 40:
-        return Path(parent) / "atoll"
+    if parent:
+        return Path(parent).absolute() / "atoll"
     return Path(tempfile.gettempdir()) / f"atoll-{os.getuid()}"
 
 
-def _alive(pid: int) -> bool:
+def _lock(path: Path, wait: bool = False) -> int | None:
+    """A descriptor that holds the lock of this file; None where another process has it."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    return fd
 
 
-def sweep() -> None:
-    """Remove folders of machines whose coordinator is dead."""
-    for folder in base().glob("*-*"):
-        pid = folder.name.rpartition("-")[2]
-        if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
+def sweep(top: Path) -> None:
+    """Remove the folders of machines that are no more; the caller holds the lock of ``top``."""
+    for folder in top.iterdir():
+        if folder.is_symlink() or not folder.is_dir():
+            continue
+        with contextlib.suppress(OSError):
+            fd = _lock(folder / LOCK)
+            if fd is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(fd)
 
 
-def create(name: str) -> Path:
-    """A new folder for machine ``name``; ConfigError when it cannot be made."""
+def _create(name: str) -> tuple[Path, int]:
     top = base()
-    safe = re.sub(r"[^A-Za-z0-9_.]", "_", name)[:24] or "vm"
+    safe = re.sub(r"[^A-Za-z0-9_.]", "_", name)[:LONGEST_NAME] or "vm"
     folder = top / f"{safe}-{os.getpid()}"
+    if len(os.fsencode(folder)) > LONGEST_FOLDER:
+        raise ConfigError(f"the runtime folder {folder} has too long a path for sockets; set XDG_RUNTIME_DIR to a shorter one")
     try:
         top.mkdir(mode=0o700, parents=True, exist_ok=True)
         if top.stat().st_uid != os.getuid():
-            raise ConfigError(f"runtime folder {top} belongs to another user; set XDG_RUNTIME_DIR")
-        sweep()
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(mode=0o700)
+            raise ConfigError(f"the runtime folder {top} belongs to another user; set XDG_RUNTIME_DIR")
+        all_machines = _lock(top / ".lock", wait=True)
+        assert all_machines is not None
+        try:
+            sweep(top)
+            folder.mkdir(mode=0o700)
+            held = _lock(folder / LOCK)
+            assert held is not None, "nobody else can know the new folder"
+        finally:
+            os.close(all_machines)
     except OSError as error:
         raise ConfigError(f"cannot make the runtime folder {folder}: {error.strerror}; set XDG_RUNTIME_DIR") from None
-    return folder
+    return folder, held
+
+
+@contextlib.contextmanager
+def folder(name: str) -> Iterator[Path]:
+    """A new folder for machine ``name``, removed at the end; ConfigError when it cannot be made."""
+    path, held = _create(name)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(held)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import datetime
 import os
+import stat
 import uuid as uuid_module
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from coordinator.chardev import ChardevSpec, parse_device
+from coordinator import chardev_spec
+from coordinator.chardev_spec import ChardevSpec, parse_device
 from coordinator.cli import options
-from coordinator.cli.options import KeyValues
+from coordinator.cli.options import HelpWanted, KeyValues
 from coordinator.contract.config import Boot, DebugExit, Drive, Machine, Media, Rtc
 from coordinator.contract.errors import ConfigError, UsageError
-from coordinator.machine import Options
+from coordinator.policy import Options
 
 MIN_RAM, MAX_RAM = 1 << 20, 64 << 30
 MAX_VCPUS = 32
@@ -55,6 +56,7 @@ class Settings:
     append: str = ""
     nographic: bool = False
     defaults: bool = True
+    serial_given: bool = False
     monitor_given: bool = False
     options: Options = field(default_factory=Options)
     pidfile: str | None = None
@@ -82,15 +84,34 @@ def _finish(s: Settings) -> None:
         raise UsageError(f"-drive id={next(iter(s.loose))}: if=none needs a -device ide-hd or ide-cd with drive=")
     if s.kernel is None and (s.initrd or s.append):
         raise UsageError("-initrd and -append need -kernel")
-    if s.defaults and not s.serials:
-        s.serials.append(parse_device("serial", "mon:stdio" if s.nographic else "null"))
-    if not s.serials:
-        s.serials.append(parse_device("serial", "null"))
+    _default_devices(s)
     if s.vga is None:
         s.vga = s.defaults
-    on_terminal = [spec for spec in (*s.serials, *(m.device for m in s.monitors)) if spec.kind == "stdio"]
-    if len(on_terminal) > 1:
-        raise UsageError("the terminal is used twice; only one of -serial, -monitor and -qmp can have stdio (mon:stdio shares it)")
+    _used_once(s)
+
+
+def _default_devices(s: Settings) -> None:
+    """What QEMU adds where nothing was said, as its -nographic documents it."""
+    serial, monitor = s.defaults and not s.serial_given, s.defaults and not s.monitor_given
+    if s.nographic and serial and monitor:
+        s.serials.append(parse_device("serial", "mon:stdio"))
+    elif s.nographic and serial:
+        s.serials.append(parse_device("serial", "stdio"))
+    elif s.nographic and monitor:
+        s.monitors.append(MonitorSpec(parse_device("monitor", "stdio"), "readline"))
+    elif serial:
+        s.serials.append(parse_device("serial", "null"))
+
+
+def _used_once(s: Settings) -> None:
+    """A terminal, a file or a socket has one user."""
+    taken: set[str] = set()
+    for spec in (*s.serials, *(m.device for m in s.monitors)):
+        if spec.kind == "stdio" and spec.where in taken:
+            raise UsageError("the terminal is used twice; only one of -serial, -monitor and -qmp can have stdio (mon:stdio shares it)")
+        if spec.kind != "null" and spec.where in taken:
+            raise UsageError(f"{spec.where} is used twice; give each -serial, -monitor and -qmp a place of its own")
+        taken.add(spec.where)
 
 
 def machine(s: Settings, vga_rom: str | None, rom_size: int) -> Machine:
@@ -109,7 +130,7 @@ def _machine(s: Settings, value: str) -> None:
     kind = kv.take("type", "pc")
     assert kind is not None
     if kind == "help":
-        raise UsageError("machine types: pc (i440FX + PIIX3)")
+        raise HelpWanted("machine types: pc (i440FX + PIIX3)")
     if kind != "pc" and not kind.startswith("pc-i440fx"):
         raise UsageError(f"machine type '{kind}' is not known; the one there is is 'pc'")
     accel = kv.take("accel")
@@ -130,7 +151,7 @@ def _accel(s: Settings, value: str) -> None:
 def _cpu(s: Settings, value: str) -> None:
     name = options.split(value)[0]
     if name == "help":
-        raise UsageError("CPU models: " + ", ".join(CPU_MODELS) + " (all name the same x86-64-v2 model)")
+        raise HelpWanted("CPU models: " + ", ".join(CPU_MODELS) + " (all name the same x86-64-v2 model)")
     if name not in CPU_MODELS:
         raise UsageError(f"-cpu {name} is not known; the nearest known one is {options.nearest(name, CPU_MODELS)}")
 
@@ -170,9 +191,15 @@ def _uuid(s: Settings, value: str) -> None:
 
 
 def _image(s: Settings, index: int, media: Media, file: str) -> None:
+    if not file:
+        raise UsageError("-cdrom, -hda, -hdb, -hdc and -hdd need the name of an image file")
     letter = "cd" if media is Media.CDROM else "hd"
-    _add_drive(s, Drive(id=f"ide{index // 2}-{letter}{index % 2}", index=index, media=media, file=file,
+    _add_drive(s, Drive(id=f"ide{index // 2}-{letter}{index % 2}", index=index, media=media, file=_absolute(file),
                         read_only=media is Media.CDROM))
+
+
+def _absolute(file: str | None) -> str | None:
+    return os.path.abspath(file) if file else None
 
 
 def _add_drive(s: Settings, drive: Drive) -> None:
@@ -183,9 +210,9 @@ def _add_drive(s: Settings, drive: Drive) -> None:
     s.drives.append(drive)
 
 
-def _free_index(s: Settings, preferred: int | None = None) -> int:
+def _free_index(s: Settings) -> int:
     used = {d.index for d in s.drives}
-    for index in ([preferred] if preferred is not None else []) + list(range(4)):
+    for index in range(4):
         if index not in used:
             return index
     raise UsageError("there are only four IDE drives")
@@ -195,12 +222,14 @@ def _drive(s: Settings, value: str) -> None:
     kv = KeyValues("drive", value)
     interface = kv.choice("if", ("ide", "none"), "ide")
     media = Media(kv.choice("media", ("disk", "cdrom"), "disk"))
-    file = kv.take("file") or None
+    file = _absolute(kv.take("file"))
     image_format = kv.take("format", "raw") or "raw"
     if image_format != "raw":
         raise UsageError(f"-drive format={image_format}: only raw images can be used yet")
     read_only = kv.flag("readonly", media is Media.CDROM) or media is Media.CDROM
     bus, unit = kv.take("bus"), kv.number("unit", 0, 0, 1)
+    if bus not in (None, "0", "1"):
+        raise UsageError(f"-drive bus={bus}: choose 0 or 1")
     given = kv.number("index", -1, 0, 3)
     ident = kv.take("id")
     serial = kv.take("serial") or ""
@@ -215,7 +244,7 @@ def _drive(s: Settings, value: str) -> None:
             raise UsageError("-drive if=none needs id=")
         s.loose[ident] = Drive(id=ident, index=0, media=media, file=file, read_only=read_only, serial=serial)
         return
-    index = given if given >= 0 else int(bus) * 2 + unit if bus in ("0", "1") else _free_index(s, 2 if media is Media.CDROM else None)
+    index = given if given >= 0 else int(bus) * 2 + unit if bus is not None else _free_index(s)
     letter = "cd" if media is Media.CDROM else "hd"
     ident = ident or f"ide{index // 2}-{letter}{index % 2}"
     _add_drive(s, Drive(id=ident, index=index, media=media, file=file, read_only=read_only, serial=serial))
@@ -250,7 +279,7 @@ def _ide_device(s: Settings, kv: KeyValues, media: Media) -> None:
     unit = kv.number("unit", 0, 0, 1)
     if bus is not None and bus not in ("ide.0", "ide.1"):
         raise UsageError(f"-device bus={bus}: choose ide.0 or ide.1")
-    index = int(bus[-1]) * 2 + unit if bus else _free_index(s, 2 if media is Media.CDROM else None)
+    index = int(bus[-1]) * 2 + unit if bus else _free_index(s)
     ident = kv.take("id") or (loose.id if loose else f"ide{index // 2}-cd{index % 2}")
     serial = kv.take("serial") or (loose.serial if loose else "")
     kv.ignore("bootindex", "model", "ver", "wwn")
@@ -302,6 +331,7 @@ def _vga(s: Settings, value: str) -> None:
 
 
 def _serial(s: Settings, value: str) -> None:
+    s.serial_given = True
     if value != "none":
         s.serials.append(parse_device("serial", value, s.chardevs))
     if len(s.serials) > 2:
@@ -315,12 +345,13 @@ def _monitor(s: Settings, value: str) -> None:
 
 
 def _qmp(s: Settings, value: str) -> None:
+    s.monitor_given = True
     s.monitors.append(MonitorSpec(parse_device("qmp", value, s.chardevs), "control"))
 
 
 def _chardev(s: Settings, value: str) -> None:
     kv = KeyValues("chardev", value, implied="backend")
-    spec = ChardevSpec.from_properties(kv)
+    spec = chardev_spec.from_properties(kv)
     if spec.id in s.chardevs:
         raise UsageError(f"-chardev: two named {spec.id}")
     s.chardevs[spec.id] = spec
@@ -335,6 +366,7 @@ def _mon(s: Settings, value: str) -> None:
     kv.done(("chardev", "mode"))
     if ident not in s.chardevs:
         raise UsageError(f"-mon chardev={ident}: there is no -chardev id={ident} before it")
+    s.monitor_given = True
     s.monitors.append(MonitorSpec(s.chardevs[ident], mode, pretty))
 
 
@@ -390,7 +422,7 @@ _VALUES: dict[str, Callable[[Settings, str], None]] = {
 
 
 def check_files(s: Settings) -> None:
-    """Files that the user named must be there and readable before anything starts."""
+    """Files that the user named must be usable before anything starts."""
     for option, file in (("bios", s.bios), ("kernel", s.kernel)):
         if file is not None:
             _readable(f"-{option}", file)
@@ -398,18 +430,37 @@ def check_files(s: Settings) -> None:
         _readable("-initrd", file.split(" ")[0])
     for drive in s.drives:
         if drive.file is not None:
-            _readable(f"drive {drive.id}:", drive.file)
+            mode = _readable(f"drive {drive.id}:", drive.file, (stat.S_ISREG, stat.S_ISBLK))
             if not drive.read_only and not os.access(drive.file, os.W_OK):
-                raise ConfigError(f"drive {drive.id}: {drive.file} is not writable; add readonly=on or change its mode")
-            if os.path.isfile(drive.file) and os.path.getsize(drive.file) == 0:
-                raise ConfigError(f"drive {drive.id}: {drive.file} is empty; give an image with at least one sector")
+                raise ConfigError(f"drive {drive.id}: {drive.file}: is not writable; add readonly=on or change its mode")
+            if stat.S_ISREG(mode) and os.path.getsize(drive.file) == 0:
+                raise ConfigError(f"drive {drive.id}: {drive.file}: is empty; give an image with at least one sector")
+    for option, file in (("-stats", s.stats), ("-pidfile", s.pidfile), ("-D", s.log_file)):
+        if file is not None:
+            _writable(option, file)
 
 
-def _readable(what: str, file: str) -> None:
-    path = Path(file)
-    if not path.exists():
-        raise ConfigError(f"{what} {file}: no such file")
-    if path.is_dir():
+def _readable(what: str, file: str, kinds: tuple[Callable[[int], bool], ...] = (stat.S_ISREG,)) -> int:
+    """The mode of a file that can be read."""
+    try:
+        mode = os.stat(file).st_mode
+    except (OSError, ValueError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", error)
+        raise ConfigError(f"{what} {file}: {reason}") from None
+    if stat.S_ISDIR(mode):
         raise ConfigError(f"{what} {file}: is a directory, not an image")
+    if not any(kind(mode) for kind in kinds):
+        raise ConfigError(f"{what} {file}: is not a regular file")
     if not os.access(file, os.R_OK):
         raise ConfigError(f"{what} {file}: is not readable")
+    return mode
+
+
+def _writable(what: str, file: str) -> None:
+    folder = os.path.dirname(os.path.abspath(file))
+    if os.path.isdir(file):
+        raise ConfigError(f"{what} {file}: is a directory")
+    if not os.path.isdir(folder):
+        raise ConfigError(f"{what} {file}: there is no folder {folder}")
+    if not os.access(file if os.path.exists(file) else folder, os.W_OK):
+        raise ConfigError(f"{what} {file}: cannot be written")

@@ -7,6 +7,7 @@ order. What they mean for a machine is build.py's concern.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -46,7 +47,7 @@ OPTIONS = (
     Option("nographic", None, "no display; serial port and monitor on the terminal"),
     Option("display", "none", "there is no window; use screendump to see the screen"),
     Option("vga", "std|none", "VGA card"),
-    Option("serial", "DEV", "stdio, mon:stdio, file:F, unix:PATH[,server=on,wait=off], chardev:ID, null, none"),
+    Option("serial", "DEV", "stdio, mon:stdio, file:F, unix:PATH[,server=on,wait=off], tcp:HOST:PORT, chardev:ID, null, none"),
     Option("monitor", "DEV", "human monitor on stdio, unix:PATH, none"),
     Option("qmp", "DEV", "QMP on unix:PATH,server=on,wait=off or tcp:HOST:PORT"),
     Option("chardev", "socket|stdio|file|null,id=ID,...", "a character device for -mon and -serial"),
@@ -64,6 +65,11 @@ OPTIONS = (
     Option("trace", "[enable=]PATTERN", "trace accesses to devices whose name matches (shell pattern)"),
     Option("stats", "FILE", "write counters as JSON at the end (Atoll's own option)"),
 )
+
+
+class HelpWanted(Exception):
+    """An option's value was ``help``; the text is for standard output."""
+
 
 _BY_NAME = {option.name: option for option in OPTIONS}
 
@@ -121,8 +127,6 @@ class KeyValues:
             if not equals:
                 if i == 0 and implied is not None:
                     key, text = implied, part
-                elif key.startswith("no") and len(key) > 2:
-                    key, text = key[2:], "off"
                 else:
                     text = "on"
             self._values[key] = text
@@ -137,6 +141,9 @@ class KeyValues:
         return value
 
     def flag(self, key: str, default: bool = False) -> bool:
+        if self._values.get(f"no{key}") == "on":  # the old form: server,nowait
+            del self._values[f"no{key}"]
+            return False
         value = self.take(key)
         if value is None:
             return default
@@ -182,9 +189,11 @@ _SUFFIXES = {"": 1 << 20, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t":
 
 def size(option: str, text: str) -> int:
     """Bytes from ``512``, ``512M`` or ``1.5G``; without a suffix the unit is MiB."""
-    digits = text.rstrip("bkmgtBKMGTi")
-    suffix = text[len(digits) :].lower().removesuffix("ib") or text[len(digits) :].lower()
+    match = re.fullmatch(r"(\d+(?:\.\d+)?|0[xX][0-9a-fA-F]+)([bkmgt]?)", text, re.IGNORECASE | re.ASCII)
     try:
-        return int(float(digits) * _SUFFIXES[suffix])
-    except (ValueError, KeyError, OverflowError):
+        if match is None:
+            raise ValueError
+        number = int(match[1], 16) if match[1][:2] in ("0x", "0X") else float(match[1])
+        return int(number * _SUFFIXES[match[2].lower()])
+    except (ValueError, OverflowError):
         raise UsageError(f"-{option} {text}: not a size; say for example 512M or 2G") from None

@@ -5,6 +5,7 @@ Spelling and arguments follow QEMU's human monitor.
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 from collections.abc import Awaitable, Callable
@@ -18,6 +19,12 @@ from coordinator.machine import Vm
 from coordinator.monitor import info, memory
 
 
+log = logging.getLogger(__name__)
+
+#: words behind ``info`` that need no island
+EARLY_TOPICS: tuple[list[str], ...] = ([], ["status"], ["version"])
+
+
 @dataclass(frozen=True)
 class Context:
     vm: Vm
@@ -28,9 +35,12 @@ class Context:
 
 @dataclass(frozen=True)
 class Command:
+    """``early``: can be carried out while the machine is still starting."""
+
     run: Callable[[Context, list[str]], Awaitable[str]]
     arguments: str
     about: str
+    early: bool = False
 
 
 async def execute(vm: Vm, line: str, cpu: int = 0) -> str:
@@ -48,11 +58,16 @@ async def execute(vm: Vm, line: str, cpu: int = 0) -> str:
     if command is None:
         return f"unknown command: '{head}'; the nearest known one is '{nearest(head, COMMANDS)}'\n"
     try:
+        if not (command.early or (words[0] == "info" and words[1:2] in EARLY_TOPICS)):
+            await vm.started()
         return await command.run(Context(vm, cpu, suffix if slash else ""), words[1:])
     except UsageError as error:
         return f"{error}\nusage: {head} {command.arguments}\n"
     except (AtollError, OSError) as error:
         return f"Error: {error}\n"
+    except Exception as error:  # a mistake of ours, or a name no system call takes: the monitor goes on
+        log.info("monitor: %s: %r", line, error, exc_info=error)
+        return f"Error: the command failed: {error!r}\n"
 
 
 def _expect(words: list[str], least: int, most: int) -> None:
@@ -86,7 +101,7 @@ async def _cont(c: Context, words: list[str]) -> str:
 
 
 async def _quit(c: Context, words: list[str]) -> str:
-    await c.vm.quit()
+    c.vm.quit()
     return ""
 
 
@@ -159,11 +174,11 @@ async def _xp(c: Context, words: list[str]) -> str:
 
 
 COMMANDS: dict[str, Command] = {
-    "help": Command(_help, "[info]", "this list"),
+    "help": Command(_help, "[info]", "this list", early=True),
     "info": Command(_info, "TOPIC", "state of the machine; 'help info' lists the topics"),
     "stop": Command(_stop, "", "pause the guest"),
     "cont": Command(_cont, "", "let the guest run"),
-    "quit": Command(_quit, "", "end the machine"),
+    "quit": Command(_quit, "", "end the machine", early=True),
     "system_reset": Command(_reset, "", "reset the machine"),
     "system_powerdown": Command(_powerdown, "", "press the power button"),
     "eject": Command(_eject, "[-f] DRIVE", "open the tray and take the medium out"),

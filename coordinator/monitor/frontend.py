@@ -12,6 +12,9 @@ from coordinator.monitor.commands import COMMANDS, execute
 PROMPT = b"(atoll) "
 LONGEST_LINE = 4096
 HISTORY = 100
+#: lines that wait; a peer that sends more is not read from meanwhile
+MOST_WAITING = 64
+WAIT_SECONDS = 0.01
 
 
 class MonitorFrontend:
@@ -20,6 +23,7 @@ class MonitorFrontend:
     def __init__(self, vm: Vm) -> None:
         self._vm = vm
         self._device: Chardev | None = None
+        self._welcomed: Chardev | None = None
         self._line = bytearray()
         self._escape = b""
         self._history: list[bytes] = []
@@ -32,11 +36,19 @@ class MonitorFrontend:
         self._line.clear()
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
+        if self._welcomed is device:  # back from the console of a shared terminal
+            self._write(PROMPT)
+            return
+        self._welcomed = device if device.spec.mux else None
         version = importlib.metadata.version("atoll")
         self._write(f"Atoll {version} monitor - type 'help' for more information\r\n".encode() + PROMPT)
 
     def disconnected(self, device: Chardev) -> None:
         self._device = None
+
+    async def room(self) -> None:
+        while self._lines.qsize() >= MOST_WAITING:
+            await asyncio.sleep(WAIT_SECONDS)
 
     def _write(self, data: bytes) -> None:
         if self._device is not None:
@@ -82,7 +94,7 @@ class MonitorFrontend:
             self._write(b"\b \b" * count)
 
     def _complete(self) -> None:
-        word = self._line.decode()
+        word = self._line.decode(errors="replace")
         matches = sorted(name for name in COMMANDS if name.startswith(word))
         if len(matches) == 1:
             rest = matches[0][len(word) :].encode() + b" "

@@ -14,7 +14,7 @@ from coordinator.contract import messages
 from coordinator.contract.errors import ConfigError, IslandError
 from coordinator.machine import Vm
 
-After = Callable[[], Awaitable[None]]
+After = Callable[[], None]
 TYPE_NAMES: dict[type, str] = {str: "string", bool: "boolean", int: "integer", list: "array", dict: "object"}
 
 
@@ -38,8 +38,11 @@ def _optional(kind: type) -> Parameter:
 
 @dataclass(frozen=True)
 class Command:
+    """``early``: can be carried out while the machine is still starting."""
+
     function: Callable[..., Awaitable[Any]]
     parameters: dict[str, Parameter] = field(default_factory=dict)
+    early: bool = False
 
 
 # ---- queries ------------------------------------------------------------------------------------------
@@ -167,16 +170,16 @@ _DRIVE = {"device": _optional(str), "id": _optional(str)}
 _FORCE = {"force": _optional(bool)}
 
 COMMANDS: dict[str, Command] = {
-    "query-commands": Command(query_commands),
-    "query-status": Command(query_status),
-    "query-version": Command(query_version),
-    "query-name": Command(query_name),
-    "query-uuid": Command(query_uuid),
+    "query-commands": Command(query_commands, early=True),
+    "query-status": Command(query_status, early=True),
+    "query-version": Command(query_version, early=True),
+    "query-name": Command(query_name, early=True),
+    "query-uuid": Command(query_uuid, early=True),
     "query-cpus-fast": Command(query_cpus_fast),
     "query-block": Command(query_block),
     "stop": Command(stop),
     "cont": Command(cont),
-    "quit": Command(quit_),
+    "quit": Command(quit_, early=True),
     "system_reset": Command(system_reset),
     "system_powerdown": Command(system_powerdown),
     "inject-nmi": Command(inject_nmi),
@@ -194,6 +197,6 @@ COMMANDS: dict[str, Command] = {
     ),
     "send-key": Command(send_key, {"keys": Parameter(list), "hold-time": _optional(int)}),
     "human-monitor-command": Command(
-        human_monitor_command, {"command-line": Parameter(str), "cpu-index": _optional(int)}
+        human_monitor_command, {"command-line": Parameter(str), "cpu-index": _optional(int)}, early=True
     ),
 }  # fmt: skip

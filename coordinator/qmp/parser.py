@@ -7,6 +7,7 @@ line is dropped. Limits: 1 MiB and 256 levels an object.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,7 +30,14 @@ def _constant(name: str) -> Any:
     raise JsonError(f"JSON parse error, invalid keyword '{name}'")
 
 
-_decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_constant)
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise JsonError("JSON parse error, number out of range")
+    return value
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_constant, parse_float=_finite)
 
 
 class Parser:
@@ -87,6 +95,8 @@ class Parser:
             if error.pos < len(text.rstrip()) and "\n" in text[error.pos :] and "Unterminated" not in error.msg:
                 raise JsonError("JSON parse error, invalid syntax") from None
             return None, 0
+        except ValueError:  # an integer of thousands of digits
+            raise JsonError("JSON parse error, number out of range") from None
         return value, len(text[:used].encode())
 
 

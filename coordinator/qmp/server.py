@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import json
+import logging
 import time
 from typing import Any
 
@@ -17,6 +18,12 @@ from coordinator.machine import Vm
 from coordinator.media import NotFound
 from coordinator.qmp import commands
 from coordinator.qmp.parser import JsonError, Parser
+
+
+log = logging.getLogger(__name__)
+
+#: commands that wait; a peer that sends more is not read from meanwhile
+MOST_WAITING = 64
 
 
 def version() -> dict[str, Any]:
@@ -34,38 +41,71 @@ class QmpError(Exception):
 
 
 class QmpFrontend:
-    """One session at a time at a character device."""
+    """What sits at a character device: a new session with every connection."""
 
     def __init__(self, vm: Vm, pretty: bool = False) -> None:
         self._vm = vm
         self._indent = 4 if pretty else None
-        self._parser = Parser()
-        self._negotiated = False
-        self._device: Chardev | None = None
-        self._queue: asyncio.Queue[Any] = asyncio.Queue()
-        self._worker: asyncio.Task[None] | None = None
+        self._session: Session | None = None
         vm.on_event.append(self.event)
 
-    # ---- device ----------------------------------------------------------------------------------
     def connected(self, device: Chardev) -> None:
-        self._device = device
-        self._parser, self._negotiated = Parser(), False
-        self._queue = asyncio.Queue()
+        self._session = Session(self._vm, device, self._indent)
+
+    def disconnected(self, device: Chardev) -> None:
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    def received(self, device: Chardev, data: bytes) -> None:
+        if self._session is not None:
+            self._session.received(data)
+
+    async def room(self) -> None:
+        if self._session is not None:
+            await self._session.room()
+
+    def event(self, name: str, data: dict[str, Any]) -> None:
+        if self._session is not None:
+            self._session.event(name, data)
+
+
+class Session:
+    """From the greeting to the end of the connection.
+
+    Commands are carried out in order; the reply leaves before the next one starts. A command that is
+    under way when the peer goes is carried out to its end, those behind it are dropped.
+    """
+
+    def __init__(self, vm: Vm, device: Chardev, indent: int | None) -> None:
+        self._vm = vm
+        self._device: Chardev | None = device
+        self._indent = indent
+        self._parser = Parser()
+        self._negotiated = False
+        self._queue: asyncio.Queue[Any] = asyncio.Queue()
+        self._fits = asyncio.Event()
+        self._fits.set()
         self._worker = asyncio.create_task(self._work())
         self._send({"QMP": {"version": version(), "capabilities": []}})
 
-    def disconnected(self, device: Chardev) -> None:
+    def close(self) -> None:
         self._device = None
-        if self._worker is not None:
-            self._worker.cancel()
+        self._queue.put_nowait(None)
 
-    def received(self, device: Chardev, data: bytes) -> None:
+    def received(self, data: bytes) -> None:
         for value in self._parser.feed(data):
             self._queue.put_nowait(value)
+        if self._queue.qsize() >= MOST_WAITING:
+            self._fits.clear()
+
+    async def room(self) -> None:
+        await self._fits.wait()
 
     def _send(self, message: dict[str, Any]) -> None:
         if self._device is not None:
-            self._device.write(json.dumps(message, indent=self._indent).encode() + b"\r\n")
+            text = json.dumps(message, indent=self._indent, allow_nan=False)
+            self._device.write(text.encode() + b"\r\n")
 
     def event(self, name: str, data: dict[str, Any]) -> None:
         if not self._negotiated:
@@ -78,24 +118,34 @@ class QmpFrontend:
 
     # ---- commands --------------------------------------------------------------------------------
     async def _work(self) -> None:
-        """Commands are carried out in order; the reply leaves before the next one starts."""
-        while True:
+        while self._device is not None:
             request = await self._queue.get()
-            ident = {"id": request["id"]} if isinstance(request, dict) and "id" in request else {}
-            after = None
-            try:
-                if isinstance(request, JsonError):
-                    raise QmpError(str(request))
-                value, after = await self._execute(request)
-                self._send({"return": value, **ident})
-            except QmpError as error:
-                self._send({"error": {"class": error.kind, "desc": str(error)}, **ident})
-            except NotFound as error:
-                self._send({"error": {"class": "DeviceNotFound", "desc": str(error)}, **ident})
-            except (AtollError, OSError) as error:
-                self._send({"error": {"class": "GenericError", "desc": str(error)}, **ident})
+            if self._queue.qsize() < MOST_WAITING:
+                self._fits.set()
+            if self._device is not None:
+                await self._answer(request)
+
+    async def _answer(self, request: Any) -> None:
+        ident = {"id": request["id"]} if isinstance(request, dict) and "id" in request else {}
+        try:
+            if isinstance(request, JsonError):
+                raise QmpError(str(request))
+            value, after = await self._execute(request)
+            self._send({"return": value, **ident})
             if after is not None:
-                await after()
+                after()
+        except QmpError as error:
+            self._send_error(str(error), error.kind, ident)
+        except NotFound as error:
+            self._send_error(str(error), "DeviceNotFound", ident)
+        except (AtollError, OSError) as error:
+            self._send_error(str(error), "GenericError", ident)
+        except Exception as error:  # a mistake of ours, or a name no system call takes: this session goes on
+            log.info("QMP: %r", error, exc_info=error)
+            self._send_error(f"the command failed: {error!r}", "GenericError", ident)
+
+    def _send_error(self, text: str, kind: str, ident: dict[str, Any]) -> None:
+        self._send({"error": {"class": kind, "desc": text}, **ident})
 
     async def _execute(self, request: Any) -> tuple[Any, commands.After | None]:
         if not isinstance(request, dict):
@@ -118,6 +168,8 @@ class QmpFrontend:
         if command is None:
             raise QmpError(f"The command {name} has not been found", "CommandNotFound")
         _check(command, arguments)
+        if not command.early:
+            await self._vm.started()
         result = await command.function(self._vm, **{key.replace("-", "_"): value for key, value in arguments.items()})
         if isinstance(result, commands.Then):
             return result.value, result.after

@@ -1,0 +1,21 @@
+"""The fork server's own modules: imported there once, so that an island starts by a fork of some
+milliseconds instead of an interpreter and its imports.
+
+Nothing here starts a thread or opens a ZeroMQ context; the fork server never has more than one thread.
+"""
+
+from __future__ import annotations
+
+import os
+
+import setproctitle
+
+import blockd.main
+import devhost.main
+import vcpu.main
+from coordinator.islands import NAME_VARIABLE
+
+PRELOADED = (blockd.main, devhost.main, vcpu.main)
+
+if NAME_VARIABLE in os.environ:  # not where somebody only wants the modules
+    setproctitle.setproctitle(f"atoll nursery {os.environ.pop(NAME_VARIABLE)}")

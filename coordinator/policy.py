@@ -1,0 +1,14 @@
+"""How a machine behaves, apart from what it is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Options:
+    """``start_paused`` is -S, the others are named as the options are."""
+
+    start_paused: bool = False
+    no_reboot: bool = False
+    no_shutdown: bool = False
