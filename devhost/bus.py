@@ -9,17 +9,14 @@ After each event of a device its SHADOW registers and time sources are stored in
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from coordinator.contract.device import Device
 from coordinator.contract.messages import SPACE_INTA, SPACE_PORT
-from coordinator.contract.registers import Access, Register, RegisterMap
-from coordinator.contract.segment import Segment
-
-log = logging.getLogger(__name__)
+from coordinator.contract.registers import Access, Register
+from coordinator.contract.segment import SHADOW_ASK, Segment
 
 #: an access that nobody answers reads as all ones
 ONES = {1: 0xFF, 2: 0xFFFF, 4: 0xFFFF_FFFF, 8: 0xFFFF_FFFF_FFFF_FFFF}
@@ -62,8 +59,8 @@ class Bus:
         self._memory: list[Window] = []
         self.inta: Callable[[], int] | None = None
         self._effects: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
-        #: -trace: called with (device name, register, width, value, write)
-        self.trace: Callable[[str, str, int, int, bool], None] | None = None
+        #: -trace: called with (device name, register, width, data of all items, write)
+        self.trace: Callable[[str, str, int, bytes, bool], None] | None = None
 
     # ---- mapping -------------------------------------------------------------------------------
     def add(self, device: Device, name: str) -> Slot:
@@ -73,8 +70,8 @@ class Bus:
         return slot
 
     def map_ports(self, slot: Slot, base: int, range_name: str = "main", size: int | None = None) -> None:
-        """Answer ports ``base`` and up with the device's range. Takes effect with the next ``segment.publish_map``
-        for a running guest; before the guest starts at once."""
+        """Answer ports ``base`` and up with the device's range; what was mapped there before is covered. A vCPU that
+        runs is sure to see it after ``segment.republish_map``."""
         registers = slot.device.ranges[range_name]
         window = Window(slot, base, size or registers.size, range_name)
         for offset in range(window.size):
@@ -85,7 +82,8 @@ class Bus:
 
     def move_ports(self, slot: Slot, base: int | None, range_name: str) -> None:
         """Answer at another base, or nowhere; whoever calls publishes the map."""
-        for port in [port for port, w in self._ports.items() if w.slot is slot and w.range_name == range_name]:
+        mapped = [port for port, window in self._ports.items() if window.slot is slot and window.range_name == range_name]
+        for port in mapped:
             del self._ports[port]
             self.segment.ports[port] = 0
         if base is not None:
@@ -114,7 +112,7 @@ class Bus:
         desc.host, desc.device = self.host, slot.id
         desc.widths = sum(register.widths)
         desc.offset, desc.length = register.offset, register.span
-        desc.shift, desc.within = register.shift, offset - register.offset
+        desc.shift, desc.within, desc.plain = register.shift, offset - register.offset, register.plain
         if register.read is Access.SHADOW:
             desc.shadow = self.segment.allocate_shadow()
             slot.shadows.append((desc.shadow, offset, range_name))
@@ -132,7 +130,7 @@ class Bus:
         return index
 
     def _time_source(self, slot: Slot, register: Register) -> int:
-        assert register.time_source is not None, f"{register.name} is a time register without a source"
+        assert register.time_source is not None  # Register sees to it
         for index, name in slot.time_sources:
             if name == register.time_source:
                 return index
@@ -161,7 +159,8 @@ class Bus:
     def _store(self, slot: Slot) -> None:
         device = slot.device
         for index, offset, range_name in slot.shadows:
-            self.segment.set_shadow(index, device.peek(offset, range_name))
+            value = device.peek(offset, range_name)
+            self.segment.set_shadow(index, SHADOW_ASK if value is None else value)
         for index, name in slot.time_sources:
             self.segment.set_time_source(index, *device.time_state(name))
 
@@ -183,27 +182,28 @@ class Bus:
     def read(self, space: int, addr: int, width: int, count: int) -> bytes:
         """A sync read: ``count`` items of ``width`` bytes, little-endian."""
         if space == SPACE_INTA:
-            vector = self.inta() if self.inta else 0xFF
-            self.publish_all()
-            return bytes([vector])
+            return self._acknowledge()
         window = self._window(space, addr)
         if window is None:
             return b"\xff" * (width * count)
         device, offset = window.slot.device, addr - window.base
         if count == 1:
-            value = device.read(offset, width, window.range_name) & ONES[width]
-            data = value.to_bytes(width, "little")
+            data = _item(device.read(offset, width, window.range_name), width)
         elif space == SPACE_PORT:
             data = device.read_string(offset, width, count, window.range_name)
-            value = count
         else:
-            items = [device.read(offset + i * width, width, window.range_name) for i in range(count)]
-            data = b"".join((item & ONES[width]).to_bytes(width, "little") for item in items)
-            value = count
+            items = (device.read(offset + i * width, width, window.range_name) for i in range(count))
+            data = b"".join(_item(item, width) for item in items)
         if self.trace:
-            self._trace(window, offset, width, value, False)
+            self._trace(window, offset, width, data, write=False)
         self.publish(window.slot)
         return data
+
+    def _acknowledge(self) -> bytes:
+        """INTA: the vector of the interrupt controller."""
+        vector = self.inta() if self.inta else 0xFF
+        self._perform()
+        return bytes([vector])
 
     def write(self, space: int, addr: int, width: int, count: int, data: bytes) -> None:
         """A sync write."""
@@ -212,15 +212,15 @@ class Bus:
             return
         device, offset = window.slot.device, addr - window.base
         if self.trace:
-            self._trace(window, offset, width, int.from_bytes(data[:width], "little"), True)
+            self._trace(window, offset, width, data, write=True)
         if count == 1:
-            device.write(offset, width, int.from_bytes(data, "little"), window.range_name)
+            device.write(offset, width, int.from_bytes(data[:width], "little"), window.range_name)
         elif space == SPACE_PORT:
             device.write_string(offset, width, data, window.range_name)
         else:
-            for i in range(count):
-                item = int.from_bytes(data[i * width : (i + 1) * width], "little")
-                device.write(offset + i * width, width, item, window.range_name)
+            for at in range(0, len(data), width):
+                item = int.from_bytes(data[at : at + width], "little")
+                device.write(offset + at, width, item, window.range_name)
         self.publish(window.slot)
 
     def post(self, space: int, addr: int, width: int, value: int) -> None:
@@ -230,11 +230,15 @@ class Bus:
             return
         offset = addr - window.base
         if self.trace:
-            self._trace(window, offset, width, value, True)
+            self._trace(window, offset, width, _item(value, width), write=True)
         window.slot.device.write(offset, width, value, window.range_name)
         self.publish(window.slot)
 
-    def _trace(self, window: Window, offset: int, width: int, value: int, write: bool) -> None:
+    def _trace(self, window: Window, offset: int, width: int, data: bytes, write: bool) -> None:
         assert self.trace is not None
-        registers: RegisterMap = window.slot.device.ranges[window.range_name]
-        self.trace(window.slot.name, registers.name(offset), width, value, write)
+        registers = window.slot.device.ranges[window.range_name]
+        self.trace(window.slot.name, registers.name(offset), width, data, write)
+
+
+def _item(value: int, width: int) -> bytes:
+    return (value & ONES[width]).to_bytes(width, "little")

@@ -92,8 +92,8 @@ class Device(ABC):
     def write(self, offset: int, width: int, value: int, range_name: str = "main") -> None:
         """The guest writes."""
 
-    def peek(self, offset: int, range_name: str = "main") -> int:
-        """Value of a SHADOW register, without side effects."""
+    def peek(self, offset: int, range_name: str = "main") -> int | None:
+        """Value of a SHADOW register, without side effects. None: a read has an effect now, so it is to be a round trip."""
         raise NotImplementedError(f"{self.kind} declares a shadow register but has no peek")
 
     def read_string(self, offset: int, width: int, count: int, range_name: str = "main") -> bytes:

@@ -206,6 +206,12 @@ class DebugOutput(msgspec.Struct, frozen=True, tag="debugout"):
     data: bytes
 
 
+class TraceLines(msgspec.Struct, frozen=True, tag="trace"):
+    """Accesses that -trace asked for, oldest first."""
+
+    lines: tuple[str, ...]
+
+
 class TrayMoved(msgspec.Struct, frozen=True, tag="tray"):
     drive: str
     open: bool
@@ -217,7 +223,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     error: str
 
 
-AnyNotice = Hello | Answer | GuestReset | GuestShutdown | SerialOutput | DebugOutput | TrayMoved | Failed
+AnyNotice = Hello | Answer | GuestReset | GuestShutdown | SerialOutput | DebugOutput | TraceLines | TrayMoved | Failed
 
 commands: Codec[AnyCommand] = Codec(AnyCommand)
 notices: Codec[AnyNotice] = Codec(AnyNotice)

@@ -53,6 +53,9 @@ class Register:
     read: Access = Access.SYNC
     write: Access = Access.SYNC
     hazard: str | None = None
+    #: reads give what was last written and writing has no further effect: a posted write of the value that the
+    #: shadow holds already marks no hazard
+    plain: bool = False
     #: time register: name of the device's time source, and bytes into its value
     time_source: str | None = None
     shift: int = 0
@@ -61,6 +64,8 @@ class Register:
     def __post_init__(self) -> None:
         if self.read is Access.POSTED or self.write in (Access.SHADOW, Access.TIME):
             raise ValueError(f"register {self.name}: impossible access class")
+        if (self.read is Access.TIME) != (self.time_source is not None):
+            raise ValueError(f"register {self.name}: a time register has a source, others have none")
 
 
 class RegisterMap:

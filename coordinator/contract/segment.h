@@ -32,6 +32,7 @@
 #define SEG_IOAPIC_PINS 24
 #define SEG_NAME_LEN 32
 #define SEG_NO_OFFSET 0xffffffffffffffff
+#define SEG_SHADOW_ASK 0x8000000000000000 /* in a shadow: reading would have an effect now, make it a sync access */
 
 /* ---- access classes of a register (design: "five classes of access") ---- */
 enum access_class {
@@ -208,7 +209,7 @@ struct reg_desc {
     uint16_t shadow;             /* index */
     uint16_t read_hazard;        /* a shadow read turns sync while hazard[read_hazard] is unapplied; 0 = none */
     uint16_t write_hazard;       /* a posted write marks hazard[write_hazard]; 0 = none */
-    uint16_t pad2;
+    uint16_t plain;              /* 1 = reads give what was written, no more: a posted write of what its shadow holds marks no hazard */
     uint32_t offset, length;     /* MMIO: place in the region */
 };
 

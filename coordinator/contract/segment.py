@@ -22,6 +22,8 @@ from coordinator.contract.ring import Ring
 
 PAGE: int = lib.SEG_PAGE
 NO_OFFSET: int = lib.SEG_NO_OFFSET
+#: in a shadow: reading the register would have an effect now, so it is a sync access
+SHADOW_ASK: int = lib.SEG_SHADOW_ASK
 #: 1 GHz: one tick a nanosecond
 DEFAULT_TSC_KHZ = 1_000_000
 #: index 0 of registers, hazards and devices means "none"
@@ -359,6 +361,10 @@ class Segment:
         offset = lib.seg_dma_span(self.header, gpa & NO_OFFSET, length, 1, room)
         if offset != NO_OFFSET:
             lib.seg_written(self.header, offset, length)
+
+    def written(self, offset: int, length: int) -> None:
+        """A device has stored into guest memory at segment offset ``offset``: mark dirty and code pages."""
+        lib.seg_written(self.header, offset, length)
 
     # ---- interrupts ----------------------------------------------------------------------------
     def pin_set(self, pin: int, source: int, level: bool) -> None:

@@ -76,18 +76,31 @@ static void sync_write(struct cpu *c, const struct uop *u, const struct piece *p
     sync_access(c, u, p, 1, true);
 }
 
+/* ---- shadow ---- */
+/* The value of a shadow register; false where the access must be sync */
+static bool shadow(struct cpu *c, const struct reg_desc *reg, uint64_t *value)
+{
+    if (reg->read_class != ACCESS_SHADOW || ring_hazard(c->seg, reg->host, reg->read_hazard)) {
+        return false;
+    }
+    *value = seg_load(&seg_shadows(c->seg)[reg->shadow % SEG_MAX_SHADOWS]);
+    return !(*value & SEG_SHADOW_ASK);
+}
+
 /* ---- posted ---- */
 static void post(struct cpu *c, const struct piece *p, uint64_t value)
 {
     struct posted_entry entry = {.guest_ns = guest_now(c->seg), .addr = p->addr, .value = value, .space = (uint8_t)p->space,
                                  .width = (uint8_t)p->width, .vcpu = (uint8_t)c->index, .device = (uint8_t)p->device};
+    uint64_t held;
+    bool same = p->reg->plain && shadow(c, p->reg, &held) && held == value;
     uint64_t ticket = ring_ticket(c->seg, p->host);
     if (unlikely(ring_full(c->seg, p->host, ticket))) {
         core_park(c); /* the host may be publishing a map, and wait for us */
         ring_wait(c->seg, p->host, ticket);
         core_unpark(c);
     }
-    ring_put(c->seg, p->host, ticket, &entry, p->reg->write_hazard, c->doorbell[p->host]);
+    ring_put(c->seg, p->host, ticket, &entry, same ? 0 : p->reg->write_hazard, c->doorbell[p->host]);
     count(c, p->device, ACCESS_POSTED);
 }
 
@@ -96,9 +109,8 @@ static uint64_t read_piece(struct cpu *c, const struct uop *u, const struct piec
 {
     const struct reg_desc *reg = p->reg;
     uint64_t value;
-    if (reg && reg->read_class == ACCESS_SHADOW && !ring_hazard(c->seg, reg->host, reg->read_hazard)) {
+    if (reg && shadow(c, reg, &value)) {
         count(c, p->device, ACCESS_SHADOW);
-        value = seg_load(&seg_shadows(c->seg)[reg->shadow % SEG_MAX_SHADOWS]);
     } else if (reg && reg->read_class == ACCESS_TIME) {
         count(c, p->device, ACCESS_TIME);
         value = time_source_read(c->seg, reg->time_source);
