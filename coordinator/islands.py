@@ -22,6 +22,7 @@ import multiprocess
 from multiprocess import forkserver, process, reduction, resource_tracker
 
 from coordinator.contract.errors import AtollError, ConfigError, IslandError
+from coordinator.contract.island import leave
 
 NURSERY = "coordinator.nursery"
 #: the machine's name, for the fork server's title in ``ps``
@@ -95,6 +96,8 @@ def _main(module: str, config: type[msgspec.Struct], fields: dict[str, Any]) -> 
         importlib.import_module(module).main(config(**fields))
     except AtollError as error:
         raise SystemExit(str(error)) from None
+    finally:
+        leave()
 
 
 class Island:

@@ -126,8 +126,9 @@ class Vm:
     async def started(self) -> None:
         """Return when every island is there, which commands to them need; IslandError if that never comes."""
         waiting = asyncio.ensure_future(self._started.wait())
+        either: set[asyncio.Future[Any]] = {waiting, self.ending}
         try:
-            await asyncio.wait({waiting, self.ending}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         finally:
             waiting.cancel()
         if self.ending.done():
@@ -162,7 +163,8 @@ class Vm:
 
     async def _wait_for_hellos(self) -> None:
         ready = asyncio.gather(*(event.wait() for event in self._hello.values()))
-        done, _ = await asyncio.wait({ready, self.ending}, timeout=START_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        either: set[asyncio.Future[Any]] = {ready, self.ending}
+        done, _ = await asyncio.wait(either, timeout=START_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         if self.ending.done():
             ready.cancel()
             raise IslandError(self.ending.result().error or "the machine ended while it was starting")

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from coordinator import boot, chardev, pieces, stats
 from coordinator.cli import build
@@ -89,7 +90,8 @@ async def _until_the_end(vm: Vm, devices: list[chardev.Chardev]) -> Ending:
 
     starting = asyncio.create_task(start())
     try:
-        await asyncio.wait({starting, vm.ending}, return_when=asyncio.FIRST_COMPLETED)
+        either: set[asyncio.Future[Any]] = {starting, vm.ending}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if starting.done() and not vm.ending.done():
             starting.result()
         return await vm.ending

@@ -2,8 +2,9 @@
 parent, and its control socket.
 
 An island ends by itself when the coordinator dies, by whatever signal: a thread waits on a pidfd
-of the coordinator, also while the main thread is inside the guest. Ctrl-C reaches the whole
-foreground process group, so islands ignore SIGINT and wait to be told.
+of the coordinator, also while the main thread is inside the guest. Ctrl-C and the
+terminal's hanging up reach the whole foreground process group, so islands ignore both signals and wait
+to be told.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ def enter(role: str, vm: str, parent: int, log: str | None) -> None:
     """Become island ``role`` of machine ``vm``, child of process ``parent``."""
     setproctitle.setproctitle(f"atoll {role} {vm}")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    logging.raiseExceptions = False  # a full disk is no reason to fill it with tracebacks
     stream = open(log, "a", buffering=1, encoding="utf-8") if log else sys.stderr  # noqa: SIM115 - lives as long as we
     logging.basicConfig(stream=stream, format=f"%(asctime)s {role}: %(message)s", level=logging.INFO, force=True)
     faulthandler.enable(stream)
@@ -81,11 +84,27 @@ def router(context: zmq.Context[Any], endpoint: str) -> zmq.Socket[Any]:
     return socket
 
 
+#: of this process's control sockets
+_contexts: list[zmq.Context[Any]] = []
+
+
+def leave() -> None:
+    """Before the process ends: returns when the notices that were flushed are on their way.
+
+    ZeroMQ sends from a thread of its own, which does not outlive the process.
+    """
+    for context in _contexts:
+        if not context.closed:
+            context.destroy()
+    _contexts.clear()
+
+
 class Control:
     """An island's end of the control channel."""
 
     def __init__(self, context: zmq.Context[Any], runtime: str, role: str) -> None:
         self.role = role
+        _contexts.append(context)
         self.socket = dealer(context, control_endpoint(runtime), role.encode())
 
     def hello(self) -> None:
@@ -107,6 +126,6 @@ class Control:
         self.notify(messages.Answer(serial=command.serial, value=value, error=error))
 
     def flush(self, seconds: float = 1.0) -> None:
-        """Let queued notices leave; used once, before exit."""
+        """Let queued notices leave, see ``leave``; used once, before exit."""
         self.socket.set(zmq.LINGER, int(seconds * 1000))
         self.socket.close()
