@@ -2,6 +2,7 @@
  * Registers of the local APIC (SDM vol. 3 chapter 11), by MMIO (xAPIC) and by MSR (x2APIC).
  */
 #include "apic_private.h"
+#include "api.h"
 
 #define VERSION 0x00060014u /* integrated APIC, highest LVT entry 6 (with CMCI): section 11.4.8 */
 #define MSR_APIC_BASE 0x1b
@@ -119,7 +120,10 @@ static bool read_register(struct cpu *c, unsigned reg, uint32_t *value)
     case REG_ICR_LOW: *value = a->icr_low; return true;
     case REG_ICR_HIGH: *value = a->icr_high; return true;
     case REG_TIMER_INITIAL: *value = a->timer_initial; return true;
-    case REG_TIMER_CURRENT: *value = apic_timer_count(c); return true;
+    case REG_TIMER_CURRENT:
+        *value = apic_timer_count(c);
+        apic_timer_check(c); /* who reads 0 finds the interrupt requested */
+        return true;
     case REG_TIMER_DIVIDE: *value = a->timer_divide; return true;
     default: return false;
     }
@@ -150,6 +154,7 @@ static void write_lvt(struct cpu *c, const struct lvt *l, uint32_t value)
         value |= LVT_MASKED;
     }
     if (l->reg == REG_LVT_TIMER) {
+        apic_timer_check(c); /* what is due fires through the entry as it was */
         apic_timer_mode(c, value);
     }
     *lvt_field(a, l) = value;
@@ -201,6 +206,16 @@ static bool write_register(struct cpu *c, unsigned reg, uint32_t value)
 }
 
 /* ---- xAPIC: 32-bit registers on 16-byte boundaries, section 11.4.1 ---- */
+
+/* The run loop alone delivers interrupts, and a move does not lead there: what became deliverable by it (a lower TPR, an EOI, a
+ * due timer) draws attention. WRMSR and MOV CR8 end their block and need not. */
+static void notice(struct cpu *c)
+{
+    if (c->intr_ready) {
+        core_attend(c, ATTN_IRQ);
+    }
+}
+
 uint64_t apic_mmio_read(struct cpu *c, uint64_t gpa, unsigned width)
 {
     unsigned reg = gpa >> 4 & 0xff, skip = gpa & 15;
@@ -212,6 +227,7 @@ uint64_t apic_mmio_read(struct cpu *c, uint64_t gpa, unsigned width)
     if (!read_register(c, reg, &value)) {
         apic_error(c, ESR_REGISTER_ILLEGAL);
     }
+    notice(c);
     uint64_t shifted = (uint64_t)value >> 8 * skip;
     return width == 8 ? shifted : shifted & ((UINT64_C(1) << 8 * width) - 1);
 }
@@ -247,6 +263,7 @@ void apic_mmio_write(struct cpu *c, uint64_t gpa, unsigned width, uint64_t wide)
             apic_error(c, ESR_REGISTER_ILLEGAL);
         }
     }
+    notice(c);
 }
 
 /* ---- x2APIC, section 11.12 ---- */
