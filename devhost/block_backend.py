@@ -15,11 +15,13 @@ PATIENCE = 30.0
 
 
 class NbdBackend:
-    """``devhost.ide.backend.BlockBackend`` over a connected client. ``completed(cookie, errno)`` is the drive's."""
+    """``devhost.ide.backend.BlockBackend`` over a connected client. ``completed(cookie, errno)`` is the
+    drive's; ``settled()`` ends the event that some completions are."""
 
     def __init__(self, client: BlockClient) -> None:
         self.client = client
         self.completed: Callable[[int, int], None] = lambda cookie, errno: None
+        self.settled: Callable[[], None] = lambda: None
 
     @property
     def size(self) -> int:
@@ -74,6 +76,8 @@ class NbdBackend:
     def _deliver(self, done: list[Completion]) -> None:
         for cookie, errno in done:
             self.completed(cookie, errno)
+        if done:
+            self.settled()
 
     def close(self) -> None:
         self.client.close()

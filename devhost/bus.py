@@ -70,8 +70,8 @@ class Bus:
         return slot
 
     def map_ports(self, slot: Slot, base: int, range_name: str = "main", size: int | None = None) -> None:
-        """Answer ports ``base`` and up with the device's range; what was mapped there before is covered. A vCPU that
-        runs is sure to see it after ``segment.republish_map``."""
+        """Answer ports ``base`` and up with the device's range; what was mapped there before is covered. A
+        vCPU that runs is sure to see it after ``segment.republish_map``."""
         registers = slot.device.ranges[range_name]
         window = Window(slot, base, size or registers.size, range_name)
         for offset in range(window.size):
@@ -82,7 +82,11 @@ class Bus:
 
     def move_ports(self, slot: Slot, base: int | None, range_name: str) -> None:
         """Answer at another base, or nowhere; whoever calls publishes the map."""
-        mapped = [port for port, window in self._ports.items() if window.slot is slot and window.range_name == range_name]
+        mapped = [
+            port
+            for port, window in self._ports.items()
+            if window.slot is slot and window.range_name == range_name
+        ]
         for port in mapped:
             del self._ports[port]
             self.segment.ports[port] = 0
@@ -141,7 +145,7 @@ class Bus:
 
     # ---- effects -------------------------------------------------------------------------------
     def defer(self, function: Callable[..., None], *arguments: Any) -> None:
-        """An effect of the event in hand on the rest of the machine: done in order, after shadows are stored."""
+        """An effect of the event in hand on the rest of the machine: in order, after shadows are stored."""
         self._effects.append((function, arguments))
 
     def _perform(self) -> None:
@@ -152,7 +156,7 @@ class Bus:
 
     # ---- events --------------------------------------------------------------------------------
     def publish(self, slot: Slot) -> None:
-        """End an event of one device: shadow registers and time sources are stored, then effects are performed."""
+        """End an event of one device: store its shadow registers and time sources, then perform effects."""
         self._store(slot)
         self._perform()
 

@@ -79,7 +79,7 @@ class Commands:
         return self._pc.uarts[command.index].receive(command.data)
 
     def _screen(self, command: messages.Screen) -> tuple[int, int, bytes]:
-        if self._pc.vga is None:
+        if self._pc.display is None:
             raise UsageError("there is no VGA card")
-        picture = render(self._pc.vga)
+        picture = render(self._pc.display.vga)
         return picture.shape[1], picture.shape[0], picture.tobytes()

@@ -8,8 +8,8 @@ from coordinator.contract.segment import Segment
 
 
 class SegmentDma:
-    """``contract.device.Dma``. Every store marks dirty and code pages after it has landed; ``counter`` is the host's
-    block in the segment."""
+    """``contract.device.Dma``. Every store marks dirty and code pages after it has landed; ``counter`` is the
+    host's block in the segment."""
 
     def __init__(self, segment: Segment, counter: Any) -> None:
         self._segment = segment

@@ -30,6 +30,7 @@ class Drives:
     def __init__(self, service: Service, pc: Pc) -> None:
         self._service, self._pc, self._bus = service, pc, service.bus
         self.by_id: dict[str, AtaDrive | AtapiDrive] = {}
+        self._slot_of: dict[str, Slot] = {}
         fitted: list[AtaDrive | AtapiDrive | None] = [None] * 4
         for config in pc.machine.drives:
             fitted[config.index] = self._make(config)
@@ -39,23 +40,32 @@ class Drives:
             pair = (fitted[2 * number], fitted[2 * number + 1])
             channel = IdeChannel(pc.irq.pin(irq), pc.dma, pair)
             self.channels.append(channel)
-            slot = self._bus.add(channel, f"ide{number}")
-            pc.slots[slot.name] = slot
-            self._slots.append(slot)
-        self.function = Piix3Ide(self._decoded, self._moved)
+            self._slots.append(pc.plug(f"ide{number}", channel))
+        for config in pc.machine.drives:
+            self._slot_of[config.id] = self._slots[config.index // 2]
+            self._connect(config.id)
+        self.function = Piix3Ide(self._decoded, self._moved, self._granted)
 
     def _make(self, config: DriveConfig) -> AtaDrive | AtapiDrive:
         backend = self._open(config.id) if config.file is not None else None
         drive: AtaDrive | AtapiDrive
         if config.media is Media.CDROM:
-            drive = AtapiDrive(backend, serial=config.serial, on_tray=lambda is_open: self._tray(config.id, is_open))
+            drive = AtapiDrive(
+                backend, serial=config.serial, on_tray=lambda is_open: self._tray(config.id, is_open)
+            )
         else:
             assert backend is not None, "a disk has an image"
             drive = AtaDrive(backend, serial=config.serial)
-        if backend is not None:
-            backend.completed = drive.complete
         self.by_id[config.id] = drive
         return drive
+
+    def _connect(self, ident: str) -> None:
+        """Completions go to the drive, and what they change at its channel is shown."""
+        backend = self._service.backends.get(ident)
+        if backend is not None:
+            slot = self._slot_of[ident]
+            backend.completed = self.by_id[ident].complete
+            backend.settled = lambda: self._bus.publish(slot)
 
     def _open(self, ident: str) -> NbdBackend:
         client = BlockClient(nbd_socket(self._service.config.runtime), ident)
@@ -78,6 +88,11 @@ class Drives:
         for number, slot in enumerate(self._slots):
             self._bus.move_ports(slot, None if base is None else base + 8 * number, "busmaster")
         self._pc.ports_changed()
+
+    def _granted(self, granted: bool) -> None:
+        for channel, slot in zip(self.channels, self._slots, strict=True):
+            channel.grant_bus(granted)
+            self._bus.publish(slot)
 
     def as_firmware_leaves_it(self) -> None:
         for channel in (0, 1):
@@ -106,8 +121,7 @@ class Drives:
         if backend is None:
             self._service.backends.pop(config.id, None)
         drive.insert(backend)
-        if backend is not None:
-            backend.completed = drive.complete
+        self._connect(config.id)
         if old is not None:
             old.close()
 
@@ -117,6 +131,7 @@ class Drives:
         for ident, drive in self.by_id.items():
             entry: dict[str, Any] = {"id": ident, "phase": drive.phase.value}
             if isinstance(drive, AtapiDrive):
-                entry.update(tray_open=drive.tray_open, locked=drive.locked, inserted=drive.backend is not None)
+                inserted = drive.backend is not None
+                entry.update(tray_open=drive.tray_open, locked=drive.locked, inserted=inserted)
             result.append(entry)
         return result

@@ -1,7 +1,7 @@
 """Interrupt lines: from a chip's pin to the 8259 pair and to the IOAPIC.
 
-A line may have several sources (PCI functions share them); it is high while any source is. ISA
-interrupt 0 arrives at IOAPIC pin 2, the others at the pin of their number, as the MADT says.
+A line may have several sources; it is high while any source is. ISA interrupt 0 arrives at IOAPIC
+pin 2, the others at the pin of their number, as the MADT says.
 
 What a pin does to the fabric is an effect: it is put off until the event's shadow registers are
 stored (see Bus.defer), so that a handler on another CPU never sees a device older than its interrupt.
@@ -15,6 +15,8 @@ from devhost.chips.i8259 import I8259
 
 ISA_LINES = 16
 TIMER_PIN = 2
+#: sources of an IOAPIC pin, as the fabric counts them
+SOURCE_ISA, SOURCE_DIRECT = 0, 1
 
 
 class SourcePin:
@@ -25,6 +27,17 @@ class SourcePin:
 
     def set(self, level: bool) -> None:
         self._lines.drive(self._irq, self._bit, level)
+
+
+class IoapicPin:
+    """A pin that goes to the IOAPIC alone."""
+
+    def __init__(self, bus: Bus, pin: int) -> None:
+        self._bus, self._pin = bus, pin
+        self._segment: Segment = bus.segment
+
+    def set(self, level: bool) -> None:
+        self._bus.defer(self._segment.pin_set, self._pin, SOURCE_DIRECT, level)
 
 
 class InterruptRequest:
@@ -55,6 +68,7 @@ class IrqLines:
         return SourcePin(self, irq, source)
 
     def drive(self, irq: int, bit: int, level: bool) -> None:
+        """A source (``bit``) drives the line."""
         before = self._levels[irq]
         after = before | bit if level else before & ~bit
         self._levels[irq] = after
@@ -62,4 +76,4 @@ class IrqLines:
             return
         if self.pic is not None:
             self.pic.set_input(irq, bool(after))
-        self._bus.defer(self._segment.pin_set, TIMER_PIN if irq == 0 else irq, 0, bool(after))
+        self._bus.defer(self._segment.pin_set, TIMER_PIN if irq == 0 else irq, SOURCE_ISA, bool(after))

@@ -8,17 +8,16 @@ sheet, table "I/O address map".
 from __future__ import annotations
 
 import fnmatch
-import logging
-import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from typing import Any
-
-import numpy as np
+from functools import partial
 
 from coordinator.contract import messages
-from coordinator.contract.config import Machine, Rtc
+from coordinator.contract.config import Machine
 from coordinator.contract.device import Device
+from coordinator.contract.errors import RecordError
+from coordinator.contract.state import pack, unpack
+from devhost import post
+from devhost.a20 import KEYBOARD, PORT_92, A20Gate
 from devhost.bus import Slot
 from devhost.chips import cmos
 from devhost.chips.acpi_pm import AcpiPm
@@ -35,79 +34,44 @@ from devhost.chips.ns16550 import Ns16550
 from devhost.chips.port61 import Port61
 from devhost.chips.port92 import Port92
 from devhost.chips.reset_control import ResetControl
+from devhost.display import Display
 from devhost.dma import SegmentDma
 from devhost.drives import Drives
 from devhost.firmware import acpi, fw_cfg
-from devhost.irq import InterruptRequest, IrqLines
-from devhost.memory import IOAPIC, MMIO, READ, WRITE, MemoryMap, Region, ram, rom
-from devhost.pci.function import Bar, Identity, PciFunction
+from devhost.irq import InterruptRequest, IoapicPin, IrqLines
+from devhost.memory import ABOVE_4G, IOAPIC, LOW_RAM_LIMIT, MMIO, READ, WRITE, Layer, MemoryMap, Region, rom
 from devhost.pci.i440fx import PAM_SEGMENTS, I440fx
 from devhost.pci.piix3 import Piix3Isa, Piix4Pm
 from devhost.service import Service
-from devhost.vga.vga import FIRST as VGA_FIRST
-from devhost.vga.vga import Vga, Window
-
-log = logging.getLogger(__name__)
+from devhost.wall_clock import wall_clock
 
 SERIAL_PORTS = ((0x3F8, 4), (0x2F8, 3))
-VBE_PORTS = 0x1CE
+DEBUG_PORTS = (0x402, 0xE9)
 FW_CFG_PORTS = 0x510
-PCI_PORTS = 0xCF8
+PCI_PORTS, RESET_PORT = 0xCF8, 0xCF9
+CHIP_PAGE = 0x1000
+ABOVE_1M = 0x100000
 #: the last 128 KiB of firmware are also seen below 1 MiB
 FIRMWARE_SHADOW = 0x20000
-FOUR_GIB = 1 << 32
-#: layers of the memory map; a higher one covers a lower one
-RAM, PAM, CARDS, CHIPS = 0, 1, 2, 3
+#: of the IOAPIC: where the HPET's timers may go
+IOAPIC_PINS = 24
 
 
 class Terminal:
     """Host side of a UART."""
 
     def __init__(self, service: Service, index: int) -> None:
-        self._service, self._index = service, index
+        self._outlet, self._index = service.outlet, index
 
     def output(self, data: bytes) -> None:
-        self._service.serial_output(self._index, data)
+        self._outlet.serial(self._index, data)
 
     def room_made(self) -> None:
         """The coordinator asks again by itself."""
 
 
-class A20Gate:
-    """The two switches of address line 20: keyboard controller and port 92h. Either opens it."""
-
-    def __init__(self, pc: Pc) -> None:
-        self._pc = pc
-        self._levels = [True, True]
-
-    def pin(self, number: int) -> A20Pin:
-        return A20Pin(self, number)
-
-    def set(self, number: int, level: bool) -> None:
-        self._levels[number] = level
-        self._pc.show_a20(any(self._levels))
-
-
-class A20Pin:
-    def __init__(self, gate: A20Gate, number: int) -> None:
-        self._gate, self._number = gate, number
-
-    def set(self, level: bool) -> None:
-        self._gate.set(self._number, level)
-
-
-class IoapicPin:
-    """A pin that goes to the IOAPIC alone."""
-
-    def __init__(self, bus: Any, pin: int, source: int) -> None:
-        self._bus, self._pin, self._source = bus, pin, source
-
-    def set(self, level: bool) -> None:
-        self._bus.defer(self._bus.segment.pin_set, self._pin, self._source, level)
-
-
 class Pc:
-    """All chips of the machine, wired."""
+    """All chips of the machine, wired. ``slots`` is every device by its name."""
 
     def __init__(self, service: Service, machine: Machine) -> None:
         self.service, self.machine = service, machine
@@ -116,41 +80,53 @@ class Pc:
         self.memory = MemoryMap(self.segment)
         self.irq = IrqLines(self.bus)
         self.slots: dict[str, Slot] = {}
-        self._building = True
-        self._a20 = True
-        self._pam: list[tuple[bool, bool]] = [(False, False)] * len(PAM_SEGMENTS)
+        #: changes of the maps are shown to the vCPUs at the end
+        self._quiet = True
         self._interrupts_and_timers()
         self._inputs_and_serial()
         self._pci()
         self._firmware()
         if machine.trace:
             self.bus.trace = self._trace
-        self._building = False
         self.power_on()
 
     # ---- helpers ---------------------------------------------------------------------------------
-    def _plug(self, name: str, device: Device, *ports: tuple[int, str]) -> Slot:
+    def plug(self, name: str, device: Device, *ports: tuple[int, str]) -> Slot:
+        """Give a device its name, and ranges of it their ports."""
         slot = self.bus.add(device, name)
         self.slots[name] = slot
         for base, range_name in ports:
             self.bus.map_ports(slot, base, range_name)
         return slot
 
-    def _publish(self) -> None:
-        """The memory map has changed: let every vCPU see it."""
-        if not self._building:
+    def memory_changed(self) -> None:
+        """Let every vCPU see the memory map as it is now."""
+        if not self._quiet:
             self.memory.publish()
 
     def ports_changed(self) -> None:
-        """The port map has changed."""
-        if not self._building:
+        """Let every vCPU see the port map as it is now."""
+        if not self._quiet:
             self.segment.republish_map()
 
-    def _trace(self, device: str, register: str, width: int, value: int, write: bool) -> None:
-        if any(fnmatch.fnmatch(device, pattern) for pattern in self.machine.trace):
-            log.info("%s %s %s %d: %#x", device, "write" if write else "read", register, width, value)
+    def _trace(self, device: str, register: str, width: int, data: bytes, write: bool) -> None:
+        direction = "write" if write else "read"
+        if not any(
+            fnmatch.fnmatch(name, pattern)
+            for pattern in self.machine.trace
+            for name in (device, f"{device}_{direction}")
+        ):
+            return
+        value = (
+            f"{int.from_bytes(data, 'little'):#x}"
+            if len(data) <= width
+            else f"{len(data)} bytes {data[:16].hex(' ')}"
+        )
+        self.service.outlet.trace(
+            f"{self.clock.now() / 1e9:.6f} {device}_{direction} {register} {8 * width} bits: {value}"
+        )
 
-    def ask_reset(self, reason: str) -> Callable[[], None]:
+    def _ask_reset(self, reason: str) -> Callable[[], None]:
         """For reset lines: the coordinator resets the machine."""
         return lambda: self.service.control.notify(messages.GuestReset(reason=reason))
 
@@ -162,226 +138,130 @@ class Pc:
 
     # ---- chips -----------------------------------------------------------------------------------
     def _interrupts_and_timers(self) -> None:
-        irq, clock = self.irq, self.clock
+        irq, clock, machine = self.irq, self.clock, self.machine
         self.pic = I8259(InterruptRequest(self.bus))
         irq.pic = self.pic
         self.bus.inta = self.pic.acknowledge
-        self._plug("pic", self.pic, (0x20, "master"), (0xA0, "slave"), (0x4D0, "elcr"))
+        self.plug("pic", self.pic, (0x20, "master"), (0xA0, "slave"), (0x4D0, "elcr"))
         timer, clock_tick = LegacyRoute(irq.pin(0)), LegacyRoute(irq.pin(8))
-        pit = I8254(clock, timer.chip)
-        self._plug("pit", pit, (0x40, "main"))
-        self._plug("port61", Port61(pit), (0x61, "main"))
-        below = min(self.machine.ram, 0xC000_0000)
-        presets = cmos.contents(below, self.machine.ram - below, self.machine.vcpus, self._boot_order())
-        self.rtc = Mc146818(clock, wall_clock(self.machine.rtc, clock.now), clock_tick.chip, presets)
-        self._plug("rtc", self.rtc, (0x70, "main"))
-        pins = {pin: IoapicPin(self.bus, pin, 1) for pin in range(24)}
+        self.pit = I8254(clock, timer.chip)
+        self.plug("pit", self.pit, (0x40, "main"))
+        self.plug("port61", Port61(self.pit), (0x61, "main"))
+        below = min(machine.ram, LOW_RAM_LIMIT)
+        presets = cmos.contents(below, machine.ram - below, machine.vcpus, machine.boot.order)
+        self.rtc = Mc146818(clock, wall_clock(machine.rtc, clock.now), clock_tick.chip, presets)
+        self.plug("rtc", self.rtc, (0x70, "main"))
+        pins = {pin: IoapicPin(self.bus, pin) for pin in range(IOAPIC_PINS)}
         hpet = Hpet(clock, timer.hpet, clock_tick.hpet, LegacyRoutes(timer, clock_tick), pins)
-        slot = self._plug("hpet", hpet)
-        first, count = self.bus.map_memory(slot, acpi.HPET_BASE, 0x1000)
-        hpet_region = Region(acpi.HPET_BASE, 0x1000, MMIO, host=self.bus.host, device=slot.id, first_reg=first, regs=count)
-        self.memory.set("hpet", CHIPS, hpet_region)
-        self.memory.set("ioapic", CHIPS, Region(acpi.IOAPIC_BASE, 0x1000, IOAPIC))
+        slot = self.plug("hpet", hpet)
+        first, count = self.bus.map_memory(slot, acpi.HPET_BASE, CHIP_PAGE)
+        registers = Region(
+            acpi.HPET_BASE, CHIP_PAGE, MMIO, host=self.bus.host, device=slot.id, first_reg=first, regs=count
+        )
+        self.memory.set("hpet", Layer.CHIPS, registers)
+        self.memory.set("ioapic", Layer.CHIPS, Region(acpi.IOAPIC_BASE, CHIP_PAGE, IOAPIC))
         self.pm = AcpiPm(clock, irq.pin(acpi.SCI_IRQ), self._power_off)
-        self._plug("acpi-pm", self.pm, (0xB2, "smi"))
-        self._plug("dma", I8237(), (0x00, "first"), (0xC0, "second"), (0x80, "pages"))
-
-    def _boot_order(self) -> str:
-        return self.machine.boot.order
+        self.plug("acpi-pm", self.pm, (0xB2, "smi"))
+        self.plug("dma", I8237(), (0x00, "first"), (0xC0, "second"), (0x80, "pages"))
 
     def _inputs_and_serial(self) -> None:
-        gate = A20Gate(self)
-        self.keyboard = I8042(self.clock, self.irq.pin(1), self.irq.pin(12), gate.pin(0), self.ask_reset("keyboard"))
-        self._plug("i8042", self.keyboard, (0x60, "data"), (0x64, "command"))
-        self._plug("port92", Port92(gate.pin(1), self.ask_reset("port92")), (0x92, "main"))
+        self.a20 = A20Gate(self._a20_changed)
+        self.keyboard = I8042(
+            self.clock, self.irq.pin(1), self.irq.pin(12), self.a20.pin(KEYBOARD), self._ask_reset("keyboard")
+        )
+        self.plug("i8042", self.keyboard, (0x60, "data"), (0x64, "command"))
+        self.plug("port92", Port92(self.a20.pin(PORT_92), self._ask_reset("port92")), (0x92, "main"))
         self.uarts = []
         for index in range(self.machine.serials):
             base, irq = SERIAL_PORTS[index]
             uart = Ns16550(self.clock, self.irq.pin(irq), Terminal(self.service, index))
             self.uarts.append(uart)
-            self._plug(f"serial{index}", uart, (base, "main"))
-        for port in (0x402, 0xE9):
-            device = DebugPort(lambda data, port=port: self.service.debug_output(port, data))
-            self._plug(f"debug{port:x}", device, (port, "main"))
+            self.plug(f"serial{index}", uart, (base, "main"))
+        for port in DEBUG_PORTS:
+            self.plug(f"debug{port:x}", DebugPort(partial(self.service.outlet.debug, port)), (port, "main"))
         if (debug_exit := self.machine.debug_exit) is not None:
-            slot = self._plug("debug-exit", IsaDebugExit(self._debug_exit))
+            slot = self.plug("debug-exit", IsaDebugExit(self._debug_exit))
             self.bus.map_ports(slot, debug_exit.iobase, size=debug_exit.iosize)
 
     def _pci(self) -> None:
         self.host = I440fx(self._pam_changed)
-        self._plug("pci", self.host, (PCI_PORTS, "main"))
-        self._plug("reset", ResetControl(lambda hard: self.ask_reset("cf9")()), (0xCF9, "main"))
-        self.isa = Piix3Isa(lambda: None)
-        self.host.plug(1, 0, self.isa)
+        self.plug("pci", self.host, (PCI_PORTS, "main"))
+        reset = self._ask_reset("cf9")
+        self.plug("reset", ResetControl(lambda hard: reset()), (RESET_PORT, "main"))
+        self.isa = Piix3Isa()
         self.drives = Drives(self.service, self)
+        self.power = Piix4Pm(self._pm_moved)
+        self.host.plug(1, 0, self.isa)
         self.host.plug(1, 1, self.drives.function)
-        self.host.plug(1, 3, Piix4Pm(self._pm_moved))
-        self.vga: Vga | None = None
+        self.host.plug(1, 3, self.power)
+        self.display: Display | None = None
         if self.machine.vga:
-            self._vga()
+            self.display = Display(self)
+            self.host.plug(2, 0, self.display.function)
 
     def _pm_moved(self, base: int | None) -> None:
-        slot = self.slots["acpi-pm"]
-        self.bus.move_ports(slot, base, "pm")
+        self.bus.move_ports(self.slots["acpi-pm"], base, "pm")
         self.ports_changed()
 
-    def _vga(self) -> None:
-        self.vga = Vga(self.segment.vram, self.clock, self._vga_window)
-        slot = self._plug("vga", self.vga, (VGA_FIRST, "main"), (VBE_PORTS, "vbe"))
-        linear = self.vga.linear.size
-        function = PciFunction(Identity(0x1234, 0x1111, 0x030000, revision=2))
-        function.add_bar(0, Bar(linear, False, self._frame_buffer_moved, prefetchable=True))
-        function.add_bar(2, Bar(0x1000, False, self._vga_mmio_moved))
-        rom_size = self._load_option_rom()
-        if rom_size:
-            function.add_bar(6, Bar(rom_size, False, self._option_rom_moved))
-        self.vga_function = function
-        self.host.plug(2, 0, function)
-        self.bus.map_memory(slot, 0xA0000, 0x20000, "window")
-
-    def _load_option_rom(self) -> int:
-        """Put the VGA BIOS behind the firmware in ROM; returns the size of its BAR, a power of two."""
-        if self.machine.vga_rom is None:
-            return 0
-        with open(self.machine.vga_rom, "rb") as file:
-            image = file.read()
-        at = self.machine.rom_size
-        self.segment.rom[at : at + len(image)] = np.frombuffer(image, np.uint8)
-        return max(0x1000, 1 << (len(image) - 1).bit_length())
-
-    # ---- memory that moves -------------------------------------------------------------------------
-    def _vga_window(self, window: Window) -> None:
-        slot = self.slots.get("vga")
-        if slot is None:
-            return
-        if window.kind == "planar":
-            first, count = self.bus.map_memory(slot, 0xA0000, 0x20000, "window")
-            region = Region(0xA0000, 0x20000, MMIO, host=self.bus.host, device=slot.id, first_reg=first, regs=count)
-            self.memory.set("vga-window", CARDS, region)
-        else:
-            at = self.segment.vram_offset + window.offset
-            self.memory.set("vga-window", CARDS, ram(window.base, window.size, at))
-        self._publish()
-
-    def _frame_buffer_moved(self, base: int | None) -> None:
-        assert self.vga is not None
-        self._place("vga-linear", base and ram(base, self.vga.linear.size, self.segment.vram_offset))
-
-    def _vga_mmio_moved(self, base: int | None) -> None:
-        slot = self.slots["vga"]
-        if base is None:
-            self.bus.unmap_memory(slot, "mmio")
-            self._place("vga-mmio", None)
-            return
-        first, count = self.bus.map_memory(slot, base, 0x1000, "mmio")
-        region = Region(base, 0x1000, MMIO, host=self.bus.host, device=slot.id, first_reg=first, regs=count)
-        self._place("vga-mmio", region)
-
-    def _option_rom_moved(self, base: int | None) -> None:
-        size = self.vga_function.bars[6].size
-        self._place("vga-rom", base and rom(base, size, self.segment.rom_offset + self.machine.rom_size))
-
-    def _place(self, layer: str, region: Region | int | None) -> None:
-        if isinstance(region, Region):
-            self.memory.set(layer, CARDS, region)
-        else:
-            self.memory.remove(layer)
-        self._publish()
-
-    def _pam_changed(self, pairs: list[tuple[bool, bool]]) -> None:
-        """Reads and writes of C0000h-FFFFFh go to RAM or to ROM by PAM."""
-        self._pam = pairs
-        self._show_pam()
-        self._publish()
-
-    def _show_pam(self) -> None:
-        regions = []
-        rom_size, base = self.machine.rom_size, self.segment.guest_offset
-        for (gpa, size, _, _), (reads, writes) in zip(PAM_SEGMENTS, self._pam, strict=True):
-            if self.machine.boot.direct:
-                reads = writes = True
-            flags, read_at, write_at = 0, base + gpa, base + gpa
-            if reads:
-                flags |= READ
-            elif gpa >= 0xE0000 and rom_size >= FIRMWARE_SHADOW:
-                flags |= READ
-                read_at = self.segment.rom_offset + rom_size - (0x100000 - gpa)
-            if writes:
-                flags |= WRITE
-            regions.append(Region(gpa, size, flags, read_at, write_at))
-        self.memory.set("pam", PAM, *regions)
-        if rom_size:
-            self.memory.set("firmware", CHIPS, rom(FOUR_GIB - rom_size, rom_size, self.segment.rom_offset))
-
-    def show_a20(self, is_open: bool) -> None:
-        """With the gate shut the second megabyte is the first (docs/quirks.md: only there)."""
-        if is_open == self._a20:
-            return
-        self._a20 = is_open
-        if is_open:
-            self.memory.remove("a20")
-        else:
-            self.memory.set("a20", CHIPS, ram(0x100000, 0x100000, self.segment.guest_offset))
-        self._publish()
-
-    # ---- firmware ----------------------------------------------------------------------------------
     def _firmware(self) -> None:
         config = fw_cfg.FwCfg(self.dma)
-        machine = self.machine
-        fw_cfg.describe(config, machine)
-        fw_cfg.add_acpi(config, acpi.build(machine))
-        self._plug("fw_cfg", config, (FW_CFG_PORTS, "main"))
+        fw_cfg.describe(config, self.machine)
+        fw_cfg.add_acpi(config, acpi.build(self.machine))
+        self.plug("fw_cfg", config, (FW_CFG_PORTS, "main"))
+        if rom_size := self.machine.rom_size:
+            self.memory.set(
+                "firmware", Layer.CHIPS, rom(ABOVE_4G - rom_size, rom_size, self.segment.rom_offset)
+            )
 
-    # ---- reset ---------------------------------------------------------------------------------------
+    # ---- memory that moves -------------------------------------------------------------------------
+    def _pam_changed(self, pairs: list[tuple[bool, bool]]) -> None:
+        """Reads and writes of C0000h-FFFFFh go to RAM or to the bus, where the firmware has E0000h-FFFFFh."""
+        regions = []
+        rom_size, base = self.machine.rom_size, self.segment.guest_offset
+        for (gpa, size, _, _), (reads, writes) in zip(PAM_SEGMENTS, pairs, strict=True):
+            region = Region(gpa, size, 0)
+            if reads:
+                region = Region(gpa, size, READ, base + gpa)
+            elif gpa >= ABOVE_1M - FIRMWARE_SHADOW and rom_size >= FIRMWARE_SHADOW:
+                region = rom(gpa, size, self.segment.rom_offset + rom_size - (ABOVE_1M - gpa))
+            if writes:
+                region = Region(gpa, size, region.flags | WRITE, region.read_offset, base + gpa)
+            regions.append(region)
+        self.memory.set("pam", Layer.PAM, *regions)
+        self.memory_changed()
+
+    def _a20_changed(self, is_open: bool) -> None:
+        self.memory.a20 = is_open
+        self.memory_changed()
+
+    # ---- life ----------------------------------------------------------------------------------------
     def power_on(self) -> None:
         """State after power-on or reset; without firmware, as firmware leaves it."""
-        self._building = True
+        self._quiet = True
         for slot in self.slots.values():
             slot.device.reset(hard=True)
         self.segment.reset_fabric()
-        if self.vga is not None:
-            self._vga_window(self.vga.window())
-        self._show_pam()
         if self.machine.boot.direct:
-            self._as_firmware_leaves_it()
-        self._building = False
+            post.leave(self)
+        self._show_maps()
+
+    def _show_maps(self) -> None:
+        self._quiet = False
         self.bus.publish_all()
-        self._publish()
+        self.memory_changed()
 
-    def _as_firmware_leaves_it(self) -> None:
-        """PCI resources, interrupt steering, IDE decode, ACPI base, PIC and timer as a BIOS sets them."""
-        steering = (10, 10, 11, 11)
-        for pirq, irq in enumerate(steering):
-            self.isa.write(0x60 + pirq, 1, irq)
-        elcr = sum(1 << irq for irq in {*steering, acpi.SCI_IRQ})
-        for port in (0, 1):
-            self.pic.write(port, 1, elcr >> 8 * port & 0xFF, "elcr")
-        pm = self.host.functions[1 << 3 | 3]
-        pm.write(0x40, 4, acpi.PM_BASE | 1)
-        pm.write(0x80, 1, 1)
-        pm.write(0x3C, 1, acpi.SCI_IRQ)
-        self.drives.as_firmware_leaves_it()
-        if self.vga is not None:
-            self.vga_function.write(0x10, 4, 0xFD00_0000)
-            self.vga_function.write(0x18, 4, 0xFEBF_0000)
-            self.vga_function.write(0x04, 2, 0x3)
-        for range_name, base, cascade in (("master", 0x08, 0x04), ("slave", 0x70, 0x02)):
-            self.pic.write(0, 1, 0x11, range_name)
-            for word in (base, cascade, 0x01, 0xFF):
-                self.pic.write(1, 1, word, range_name)
+    def save(self) -> dict[str, bytes]:
+        """The records of all devices by name; only while they are paused."""
+        return {name: pack(slot.device.save()) for name, slot in self.slots.items()}
 
-
-def wall_clock(rtc: Rtc, guest_now: Callable[[], int]) -> Callable[[], int]:
-    """Civil time in ns since 1970 for the RTC: follows the host, or guest time from the start on."""
-    start = time.time_ns()
-    if rtc.base == "localtime":
-        offset = datetime.now().astimezone().utcoffset()
-        start += int(offset.total_seconds()) * 1_000_000_000 if offset else 0
-    elif rtc.base != "utc":
-        moment = datetime.fromisoformat(rtc.base)
-        moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-        start = int(moment.timestamp()) * 1_000_000_000
-    if rtc.clock == "vm":
-        return lambda: start + guest_now()
-    began = time.monotonic_ns()
-    return lambda: start + time.monotonic_ns() - began
+    def load(self, records: dict[str, bytes]) -> None:
+        """Go on from ``records``, in a machine of the same configuration. RecordError where devices are
+        unknown, missing or not alike. The interrupt controller comes last: its record has the levels of its inputs."""
+        if records.keys() != self.slots.keys():
+            different = ", ".join(sorted(records.keys() ^ self.slots.keys()))
+            raise RecordError(f"devices on one side only: {different}")
+        self._quiet = True
+        for name in sorted(self.slots, key=lambda name: name == "pic"):
+            device = self.slots[name].device
+            device.load(unpack(records[name], type(device.save())))
+        self._show_maps()

@@ -29,13 +29,14 @@ from coordinator.contract.island import Control, router
 from coordinator.contract.segment import Segment
 from devhost.block_backend import NbdBackend
 from devhost.bus import Bus
+from devhost.outlet import Outlet
 
 log = logging.getLogger(__name__)
 
-#: serial output is sent when the host goes idle, or at this size
-OUTPUT_BATCH = 4096
 #: the loop looks at timers at least this often, seconds
 LONGEST_WAIT = 1.0
+#: how long block requests in flight may take to end when the machine stops, seconds
+DRAIN_SECONDS = 10.0
 
 
 class SegmentClock:
@@ -61,47 +62,33 @@ class Service:
         self.context: zmq.Context[Any] = zmq.Context()
         self.control = Control(self.context, config.runtime, f"devhost{config.index}")
         self.router = router(self.context, bus_endpoint(config.runtime, config.index))
+        self.outlet = Outlet(self.control)
         self.handle: Callable[[messages.AnyCommand], Any] = lambda command: None
         #: block devices of the drives, by drive id
         self.backends: dict[str, NbdBackend] = {}
-        self._output: dict[int, bytearray] = {}
-        self._debug: dict[int, bytearray] = {}
+        self._counters = segment.host(config.index)
         self._running = True
-
-    # ---- host side of devices ------------------------------------------------------------------
-    def serial_output(self, index: int, data: bytes) -> None:
-        buffer = self._output.setdefault(index, bytearray())
-        buffer += data
-        if len(buffer) >= OUTPUT_BATCH:
-            self._flush_output()
-
-    def debug_output(self, port: int, data: bytes) -> None:
-        self._debug.setdefault(port, bytearray()).extend(data)
-
-    def _flush_output(self) -> None:
-        for index, buffer in self._output.items():
-            if buffer:
-                self.control.notify(messages.SerialOutput(index=index, data=bytes(buffer)))
-                buffer.clear()
-        for port, buffer in self._debug.items():
-            if buffer:
-                self.control.notify(messages.DebugOutput(port=port, data=bytes(buffer)))
-                buffer.clear()
 
     # ---- the loop --------------------------------------------------------------------------------
     def run(self) -> None:
         """Serve until Quit."""
-        fixed = [self.router.get(zmq.FD), self.control.socket.get(zmq.FD), self.config.doorbell_fd]
+        sockets = (self.router, self.control.socket)
+        fixed = [self.config.doorbell_fd, *(socket.getsockopt(zmq.FD) for socket in sockets)]
         self.control.hello()
         while self._running:
             busy = self._serve_bus()
             busy |= self._apply_posted(None)
             busy |= self._fire_timers()
             if not busy:
-                self._flush_output()  # before the control socket is read to its end: sending can swallow its edge
+                # before the control socket is read to its end, since sending can swallow its edge
+                self.outlet.flush()
             busy |= self._serve_control()
             self._wait(fixed, 0.0 if busy else self._idle())
-        self._flush_output()
+        self.close()
+
+    def close(self) -> None:
+        """Let what is queued leave, and give the sockets up."""
+        self.outlet.flush()
         self.control.flush()
         self.router.close()
         self.context.term()
@@ -117,14 +104,13 @@ class Service:
         for fd in readable:
             if fd in backends:
                 backends[fd].on_readable()
-                self.bus.publish_all()
             elif fd == self.config.doorbell_fd:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(fd)
 
-    def drain(self, done: Callable[[], bool], seconds: float = 10.0) -> None:
-        """Serve block devices alone until ``done``; AtollError when that takes too long."""
-        deadline = time.monotonic() + seconds
+    def drain(self, done: Callable[[], bool]) -> None:
+        """Serve block devices alone until ``done``; IslandError when that takes too long."""
+        deadline = time.monotonic() + DRAIN_SECONDS
         while not done():
             if time.monotonic() > deadline or not self.backends:
                 raise IslandError("devices do not come to rest: a block request is not answered")
@@ -147,7 +133,7 @@ class Service:
         now = self.clock.now()
         if deadline > now:
             return False
-        self.clock.wheel.fire(now)
+        self._counters.timer_fires += self.clock.wheel.fire(now)
         self.bus.publish_all()
         return True
 
@@ -171,21 +157,27 @@ class Service:
             worked = True
             try:
                 request = messages.requests.decode(frames[-1])
+                if request.write and len(request.data) != request.width * request.count:
+                    raise MessageError(
+                        f"{len(request.data)} bytes for {request.count} items of {request.width}"
+                    )
             except MessageError as error:
                 log.error("bus: %s", error)
                 continue
-            self._apply_posted(request.ticket)
-            if request.write:
-                self.bus.write(request.space, request.addr, request.width, request.count, request.data)
-                data = b""
-            else:
-                data = self.bus.read(request.space, request.addr, request.width, request.count)
-            self.segment.count_roundtrip(self.config.index, request.device)
-            reply = encode(messages.BusReply(serial=request.serial, data=data))
+            reply = encode(messages.BusReply(serial=request.serial, data=self._access(request)))
             try:
                 self.router.send_multipart((frames[0], reply))
             except zmq.ZMQError as error:  # the vCPU is gone; the coordinator knows
                 log.error("bus: no way back to %s: %s", frames[0], error)
+
+    def _access(self, request: messages.BusRequest) -> bytes:
+        """The access itself, behind the posted writes that were made before it."""
+        self._apply_posted(min(request.ticket, self._counters.next_ticket))
+        self.segment.count_roundtrip(self.config.index, request.device)
+        if not request.write:
+            return self.bus.read(request.space, request.addr, request.width, request.count)
+        self.bus.write(request.space, request.addr, request.width, request.count, request.data)
+        return b""
 
     def _serve_control(self) -> bool:
         worked = False
@@ -198,9 +190,10 @@ class Service:
             if command is None:
                 return worked
             worked = True
+            self._apply_posted(None)  # what vCPUs wrote before they stopped comes before the command
             if isinstance(command, messages.Quit):
                 self._running = False
-                self._flush_output()
+                self.outlet.flush()
                 self.control.answer(command)
                 return True
             try:

@@ -10,7 +10,7 @@ one request open.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -27,7 +27,7 @@ SPACE_INTA = 2
 
 # ---- bus ----------------------------------------------------------------------------------------
 class BusRequest(msgspec.Struct, frozen=True, tag="req", array_like=True):
-    """A sync access, see ``struct io_request``. ``data`` is empty for reads."""
+    """A sync access, see ``struct io_request``. ``data`` is width * count bytes for writes, empty for reads."""
 
     serial: int
     vcpu: int
@@ -35,8 +35,8 @@ class BusRequest(msgspec.Struct, frozen=True, tag="req", array_like=True):
     space: int
     device: int
     addr: int
-    width: int
-    count: int
+    width: Literal[1, 2, 4, 8]
+    count: Annotated[int, msgspec.Meta(ge=1, le=4096)]
     write: bool
     data: bytes
 

@@ -31,8 +31,8 @@ HEADER_SIZE = _HEADER.size
 
 @dataclass
 class Blob:
-    """Tables in a row; ``pointers`` are 32-bit fields at (offset) that hold an offset in the blob to be made absolute;
-    ``checksums`` are (field offset, start, length)."""
+    """Tables in a row. ``pointers`` are places of 32-bit fields that hold an offset in the blob, to be made
+    absolute; ``checksums`` are (field offset, start, length)."""
 
     data: bytearray = field(default_factory=bytearray)
     pointers: list[int] = field(default_factory=list)
@@ -43,7 +43,9 @@ class Blob:
         self.data += bytes(-len(self.data) % align)
         start = len(self.data)
         length = HEADER_SIZE + len(body)
-        self.data += _HEADER.pack(signature, length, revision, 0, b"ATOLL ", b"ATOLLPC ", 1, b"ATOL", 1) + body
+        self.data += (
+            _HEADER.pack(signature, length, revision, 0, b"ATOLL ", b"ATOLLPC ", 1, b"ATOL", 1) + body
+        )
         self.checksums.append((start + 9, start, length))
         return start
 
@@ -99,7 +101,9 @@ def _register(space: int, bits: int, address: int, access: int = 0) -> bytes:
 def fadt_body() -> bytes:
     """FADT revision 3 (5.2.9). SMI_CMD is 0: the machine is always in ACPI mode."""
     pm1a_event, pm1a_control, pm_timer, gpe0 = PM_BASE, PM_BASE + 4, PM_BASE + 8, PM_BASE + 0xC
-    flags = 1 << 0 | 1 << 2 | 1 << 5 | 1 << 10  # WBINVD, PROC_C1, SLP_BUTTON is a control method, RESET_REG_SUP
+    flags = (
+        1 << 0 | 1 << 2 | 1 << 5 | 1 << 10
+    )  # WBINVD, PROC_C1, SLP_BUTTON is a control method, RESET_REG_SUP
     no_c2, no_c3, century = 0xFFF, 0xFFF, 0x32
     boot_arch = 0x3  # legacy devices, 8042
     body = struct.pack("<IIBBHIBBBB", 0, 0, 0, 0, SCI_IRQ, 0, 0, 0, 0, 0)
@@ -134,14 +138,18 @@ def dsdt_body(machine: Machine) -> bytes:
     return b"".join(
         (
             aml.name("\\_S5_", aml.package(aml.ZERO, aml.ZERO, aml.ZERO, aml.ZERO)),
-            aml.scope("\\_SB", _pci_root(), *(_link(i) for i in range(4)), _processors(machine.vcpus), _hpet()),
+            aml.scope(
+                "\\_SB", _pci_root(), *(_link(i) for i in range(4)), _processors(machine.vcpus), _hpet()
+            ),
         )
     )
 
 
 def _processors(vcpus: int) -> bytes:
     return b"".join(
-        aml.device(f"C{cpu:03X}", aml.name("_HID", aml.string("ACPI0007")), aml.name("_UID", aml.integer(cpu)))
+        aml.device(
+            f"C{cpu:03X}", aml.name("_HID", aml.string("ACPI0007")), aml.name("_UID", aml.integer(cpu))
+        )
         for cpu in range(vcpus)
     )
 
@@ -158,7 +166,10 @@ def _hpet() -> bytes:
 def _pci_root() -> bytes:
     routes = [
         aml.package(
-            aml.integer(slot << 16 | 0xFFFF), aml.integer(pin), aml.name_string(f"LNK{'ABCD'[(slot + pin - 1) % 4]}"), aml.ZERO
+            aml.integer(slot << 16 | 0xFFFF),
+            aml.integer(pin),
+            aml.name_string(f"LNK{'ABCD'[(slot + pin - 1) % 4]}"),
+            aml.ZERO,
         )
         for slot in range(1, PCI_SLOTS)
         for pin in range(4)
@@ -216,15 +227,22 @@ def _link(pirq: int) -> bytes:
         aml.name("_HID", aml.eisa_id("PNP0C0F")),
         aml.name("_UID", aml.integer(pirq)),
         aml.name("_PRS", aml.resources(aml.interrupts(*LINK_IRQS))),
-        aml.method("_STA", 0, aml.when(aml.bit_and(register, disabled), aml.returns(aml.integer(0x9))),
-                   aml.returns(aml.integer(0xB))),
+        aml.method(
+            "_STA",
+            0,
+            aml.when(aml.bit_and(register, disabled), aml.returns(aml.integer(0x9))),
+            aml.returns(aml.integer(0xB)),
+        ),
         aml.method("_DIS", 0, aml.bit_or(register, disabled, register)),
         aml.method(
-            "_CRS", 0,
+            "_CRS",
+            0,
             aml.name("BUF0", aml.resources(aml.interrupts(0))),
             aml.dword_field(aml.name_string("BUF0"), 5, "IRQN"),
             aml.bit_and(register, aml.integer(0xF), aml.name_string("IRQN")),
             aml.returns(aml.name_string("BUF0")),
         ),
-        aml.method("_SRS", 1, aml.dword_field(aml.ARG0, 5, "IRQN"), aml.store(aml.name_string("IRQN"), register)),
+        aml.method(
+            "_SRS", 1, aml.dword_field(aml.ARG0, 5, "IRQN"), aml.store(aml.name_string("IRQN"), register)
+        ),
     )

@@ -154,7 +154,9 @@ def describe(fw_cfg: FwCfg, machine: Machine) -> None:
     fw_cfg.set(IRQ0_OVERRIDE, struct.pack("<I", 1))
     low = min(machine.ram, LOW_RAM_LIMIT)
     ranges = [(0, low)] + ([(1 << 32, machine.ram - low)] if machine.ram > low else [])
-    fw_cfg.add_file("etc/e820", b"".join(struct.pack("<QQI", start, size, E820_RAM) for start, size in ranges))
+    fw_cfg.add_file(
+        "etc/e820", b"".join(struct.pack("<QQI", start, size, E820_RAM) for start, size in ranges)
+    )
     fw_cfg.add_file("bootorder", "".join(f"{path}\n" for path in boot_paths(machine)).encode() + b"\0")
 
 

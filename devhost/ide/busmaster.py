@@ -64,6 +64,8 @@ class BusMaster:
         self.status = 0
         self.pointer = 0
         self.cursor = Cursor()
+        #: COMMAND.BME of the PCI function
+        self.granted = True
 
     def reset(self) -> None:
         """PIIX3: all bus master registers are 0 after RST#."""
@@ -76,7 +78,7 @@ class BusMaster:
 
     def ready(self, to_memory: bool) -> bool:
         """Whether the engine runs in this direction."""
-        return self.active and bool(self.command & COMMAND_TO_MEMORY) == to_memory
+        return self.granted and self.active and bool(self.command & COMMAND_TO_MEMORY) == to_memory
 
     def read(self, offset: int) -> int:
         if offset == COMMAND:

@@ -39,8 +39,22 @@ COMMAND_BLOCK = RegisterMap(
     Register("LbaLow", reg.LBA_LOW, write=Access.POSTED, doc="ATA/ATAPI-6 7.13"),
     Register("LbaMid", reg.LBA_MID, write=Access.POSTED, doc="ATA/ATAPI-6 7.3"),
     Register("LbaHigh", reg.LBA_HIGH, write=Access.POSTED, doc="ATA/ATAPI-6 7.2"),
-    Register("Device", reg.DEVICE, write=Access.POSTED, hazard=_SELECT, doc="ATA/ATAPI-6 7.7"),
-    Register("Command", reg.COMMAND, doc="ATA/ATAPI-6 7.4; Status 7.15, whose read clears INTRQ"),
+    Register(
+        "Device",
+        reg.DEVICE,
+        read=Access.SHADOW,
+        write=Access.POSTED,
+        hazard=_SELECT,
+        plain=True,
+        doc="ATA/ATAPI-6 7.7",
+    ),
+    Register(
+        "Command",
+        reg.COMMAND,
+        read=Access.SHADOW,
+        hazard=_SELECT,
+        doc="ATA/ATAPI-6 7.4; Status 7.15: a shadow while there is no INTRQ for a read to clear",
+    ),
 )
 CONTROL_BLOCK = RegisterMap(
     Register(
@@ -144,8 +158,15 @@ class IdeChannel(Device):
                 data = b"".join(bytes((byte, 0)) for byte in data)
             drive.pio_write(data)
 
-    def peek(self, offset: int, range_name: str = "main") -> int:
-        return self._alternate_status(0) if range_name == "control" else self.master.read(offset)
+    def peek(self, offset: int, range_name: str = "main") -> int | None:
+        if range_name == "busmaster":
+            return self.master.read(offset)
+        if range_name == "control":
+            return self._alternate_status(0)
+        drive = self.drives[self.selected]
+        if offset == reg.STATUS and drive is not None and drive.intrq:
+            return None
+        return self._read_command_block(offset)
 
     # ---- command block -------------------------------------------------------------------------------
     def _absent(self) -> int:
@@ -240,6 +261,14 @@ class IdeChannel(Device):
                     drive.dma_stop()
         elif offset == busmaster.STATUS:
             self.master.write_status(value)
+
+    def grant_bus(self, granted: bool) -> None:
+        """COMMAND.BME of the PCI function: without it the bus master asks for nothing, and transfers wait."""
+        self.master.granted = granted
+        if granted:
+            for drive in self.fitted:
+                if drive.waits_for_dma:
+                    drive.dma_start()
 
     def interrupt_changed(self) -> None:
         """The selected drive's INTRQ, unless nIEN releases the line (7.8)."""

@@ -1,7 +1,7 @@
 """Intel 440FX host bridge (82441FX PMC): configuration mechanism 1 and the PAM registers.
 
 Source: 82441FX PCI and Memory Controller data sheet (290549), sections 3.1 (CONFADD, CONFDATA) and
-3.2.13 (PAM); PCI Local Bus Specification 3.0, section 3.2.2.3.2.
+3.2 (configuration registers); PCI Local Bus Specification 3.0, section 3.2.2.3.2.
 """
 
 from __future__ import annotations
@@ -10,21 +10,31 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from coordinator.contract.device import Device
+from coordinator.contract.errors import RecordError
 from coordinator.contract.registers import Access, Register, RegisterMap
 from coordinator.contract.state import Record
-from devhost.pci.function import Identity, PciFunction
+from devhost.chips.common import U32
+from devhost.pci.function import COMMAND, STATUS, Identity, PciFunction
+
+CONFADD, CONFDATA = 0, 4
+#: CONFADD: enable, then bus, device and function, register; the rest reads 0
+CONFADD_ENABLE, CONFADD_BUS, CONFADD_MASK = 0x8000_0000, 0x00FF_0000, 0x80FF_FFFC
 
 PAM0 = 0x59
+PAM_REGISTERS = 7
 #: the 13 PAM segments: (address, size, register, shift of the two enable bits)
 PAM_SEGMENTS = [(0xF0000, 0x10000, PAM0, 4)] + [
     (0xC0000 + 0x4000 * i, 0x4000, PAM0 + 1 + i // 2, 4 * (i % 2)) for i in range(12)
 ]
 PAM_READ, PAM_WRITE = 1, 2
+SMRAM = 0x72
 
 
 class I440fxRecord(Record, frozen=True, kw_only=True):
-    kind = "i440fx"
-    confadd: int
+    """``functions``: configuration space by device << 3 | function, of all of bus 0."""
+
+    kind: ClassVar[str] = "i440fx"
+    confadd: U32
     functions: dict[int, bytes]
 
 
@@ -37,9 +47,9 @@ class I440fx(Device):
     kind = "i440fx"
     ranges: ClassVar = {
         "main": RegisterMap(
-            Register("CONFADD", 0, widths=(1, 2, 4), write=Access.POSTED, doc="82441FX 3.1.1"),
-            Register("CONFADD+", 1, span=3, widths=(1, 2), doc="only whole dwords reach CONFADD"),
-            Register("CONFDATA", 4, span=4, widths=(1, 2, 4), doc="82441FX 3.1.2"),
+            Register("CONFADD", CONFADD, widths=(1, 2, 4), write=Access.POSTED, doc="82441FX 3.1.1"),
+            Register("CONFADD+", CONFADD + 1, span=3, widths=(1, 2), doc="as a dword only is it CONFADD"),
+            Register("CONFDATA", CONFDATA, span=4, widths=(1, 2, 4), doc="82441FX 3.1.2"),
         )
     }
 
@@ -47,11 +57,7 @@ class I440fx(Device):
         self.confadd = 0
         self.functions: dict[int, PciFunction] = {}
         self._pam_changed = pam_changed
-        self.bridge = PciFunction(Identity(0x8086, 0x1237, 0x060000, revision=2))
-        self.bridge.set(PAM0, 1, 0, mask=0x30)
-        for register in range(PAM0 + 1, PAM0 + 7):
-            self.bridge.set(register, 1, 0, mask=0x33)
-        self.bridge.set(0x72, 1, 0x02, mask=0x00)  # SMRAM: no system management mode here
+        self.bridge = _bridge()
         self.bridge.on_write = self._bridge_written
         self.plug(0, 0, self.bridge)
 
@@ -60,44 +66,47 @@ class I440fx(Device):
         self.functions[slot << 3 | function] = pci
 
     def _bridge_written(self, offset: int, width: int) -> None:
-        if offset < PAM0 + 7 and offset + width > PAM0:
-            self.show_pam()
+        if offset < PAM0 + PAM_REGISTERS and offset + width > PAM0:
+            self._show_pam()
 
-    def show_pam(self) -> None:
-        """Tell wiring the 13 pairs of enable bits."""
+    def _show_pam(self) -> None:
         pairs = []
         for _, _, register, shift in PAM_SEGMENTS:
             bits = self.bridge.config[register] >> shift
             pairs.append((bool(bits & PAM_READ), bool(bits & PAM_WRITE)))
         self._pam_changed(pairs)
 
+    def all_ram(self) -> None:
+        """C0000h-FFFFFh reads and writes RAM, as firmware leaves it once it has moved there."""
+        for register in range(PAM0, PAM0 + PAM_REGISTERS):
+            self.bridge.write(register, 1, 0x33)
+
     def _target(self) -> PciFunction | None:
-        if not self.confadd & 0x8000_0000 or self.confadd & 0x00FF_0000:
+        if not self.confadd & CONFADD_ENABLE or self.confadd & CONFADD_BUS:
             return None
         return self.functions.get(self.confadd >> 8 & 0xFF)
 
     def read(self, offset: int, width: int, range_name: str = "main") -> int:
-        if offset < 4:
-            return self.confadd >> 8 * offset & (1 << 8 * width) - 1
+        nothing = (1 << 8 * width) - 1
+        if offset < CONFDATA:  # 3.1.1: byte and word accesses pass it by
+            return self.confadd if offset == CONFADD and width == 4 else nothing
         target = self._target()
-        if target is None:
-            return (1 << 8 * width) - 1
-        return target.read((self.confadd & 0xFC) + offset - 4, width)
+        return nothing if target is None else target.read((self.confadd & 0xFC) + offset - CONFDATA, width)
 
     def write(self, offset: int, width: int, value: int, range_name: str = "main") -> None:
-        if offset < 4:
-            if offset == 0 and width == 4:
-                self.confadd = value & 0x80FF_FFFC
+        if offset < CONFDATA:
+            if offset == CONFADD and width == 4:
+                self.confadd = value & CONFADD_MASK
             return
         target = self._target()
         if target is not None:
-            target.write((self.confadd & 0xFC) + offset - 4, width, value)
+            target.write((self.confadd & 0xFC) + offset - CONFDATA, width, value)
 
     def reset(self, hard: bool = True) -> None:
         self.confadd = 0
         for function in self.functions.values():
             function.reset()
-        self.show_pam()
+        self._show_pam()
 
     def save(self) -> I440fxRecord:
         return I440fxRecord(
@@ -105,8 +114,25 @@ class I440fx(Device):
         )
 
     def load(self, record: Record) -> None:
+        """RecordError where the functions are others than here."""
         assert isinstance(record, I440fxRecord)
-        self.confadd = record.confadd
+        if record.functions.keys() != self.functions.keys():
+            raise RecordError("record of i440fx: other PCI functions than here")
+        for where, config in record.functions.items():
+            self.functions[where].check(config)
+        self.confadd = record.confadd & CONFADD_MASK
         for where, config in record.functions.items():
             self.functions[where].restore(config)
-        self.show_pam()
+        self._show_pam()
+
+
+def _bridge() -> PciFunction:
+    """Function 0:0.0 as far as software asks for it (3.2)."""
+    bridge = PciFunction(Identity(0x8086, 0x1237, 0x060000, revision=2))
+    bridge.register(COMMAND, 2, 0x0006, mask=0x0100)  # PCICMD: memory and master always on
+    bridge.register(STATUS, 2, 0x0280)  # PCISTS: medium DEVSEL#, fast back-to-back
+    bridge.register(PAM0, 1, 0x00, mask=0x30)
+    for register in range(PAM0 + 1, PAM0 + PAM_REGISTERS):
+        bridge.register(register, 1, 0x00, mask=0x33)
+    bridge.register(SMRAM, 1, 0x02)  # there is no system management mode to open it for
+    return bridge

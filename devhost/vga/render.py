@@ -13,7 +13,6 @@ from devhost.vga.vga import Vga
 
 Picture = npt.NDArray[np.uint8]
 
-_UNDERLINE_ATTRIBUTE = 0x01
 #: nothing on the screen yet: an empty text screen's size
 BLANK = (400, 720, 3)
 
@@ -34,7 +33,7 @@ def _colors(vga: Vga) -> Picture:
     if vga.vbe.values[vbe.ENABLE] & vbe.DAC_8BIT:
         return vga.palette
     six = vga.palette & 0x3F
-    return six << 2 | six >> 4
+    return (six << 2 | six >> 4).astype(np.uint8)
 
 
 def _sixteen(vga: Vga) -> Picture:
@@ -66,11 +65,11 @@ def _text(vga: Vga) -> Picture:
     cells = (_start(vga) + np.arange(rows)[:, None] * stride + np.arange(columns)) & 0x7FFF
     plain = vga.planes.memory
     characters, attributes = plain[cells * 2], plain[cells * 2 + 1]
-    fonts = vga.planes.plane(2).reshape(-1, 32)
-    glyphs = fonts[_font_base(vga) + characters][:, :, :height]
-    bits = np.unpackbits(glyphs[..., None], axis=-1)
+    bits = np.unpackbits(_glyphs(vga, characters, attributes)[:, :, :height, None], axis=-1)
     if width == 9:
-        ninth = np.where(((characters & 0xE0) == 0xC0)[..., None, None] & bool(vga.attribute[0x10] & 4), bits[..., 7:], 0)
+        ninth = np.where(
+            ((characters & 0xE0) == 0xC0)[..., None, None] & bool(vga.attribute[0x10] & 4), bits[..., 7:], 0
+        )
         bits = np.concatenate([bits, ninth.astype(np.uint8)], axis=-1)
     bits = _with_cursor(vga, bits, height, rows, columns)
     foreground = attributes & 0x0F
@@ -80,12 +79,14 @@ def _text(vga: Vga) -> Picture:
     return np.ascontiguousarray(picture.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3))
 
 
-def _font_base(vga: Vga) -> int:
-    """Character map A of sequencer register 3, in glyphs."""
+def _glyphs(vga: Vga, characters: Picture, attributes: Picture) -> Picture:
+    """32 rows of 8 pixels for each character. Sequencer register 3 has the font for attribute bit 3 clear in
+    bits 4, 1 and 0, for it set in bits 5, 3 and 2; plane 2 holds eight fonts of 8 KiB."""
     select = vga.seq[3]
-    number = (select & 3) << 1 | (select & 0x10) >> 4
-    bank = number >> 1 | (number & 1) << 2
-    return bank * 256
+    clear = (select & 0x03) << 1 | select >> 4 & 1
+    set_ = (select & 0x0C) >> 1 | select >> 5 & 1
+    fonts = vga.planes.plane(2).reshape(8, 256, 32)
+    return fonts[np.where(attributes & 8, set_, clear), characters]
 
 
 def _with_cursor(vga: Vga, bits: Picture, height: int, rows: int, columns: int) -> Picture:
@@ -130,9 +131,12 @@ def _vbe(vga: Vga) -> Picture:
     width, height, depth = (vga.vbe.values[i] for i in (vbe.XRES, vbe.YRES, vbe.BPP))
     if depth == 4:
         return _planar(vga)
-    size = {8: 1, 15: 2, 16: 2, 24: 3, 32: 4}[depth]
-    offsets = vga.vbe.start + np.arange(height)[:, None] * vga.vbe.bytes_per_line + np.arange(width * size)
-    raw = vga.linear[np.minimum(offsets, vga.linear.size - 1)].reshape(height, width, size)
+    size = vga.vbe.bits // 8
+    # Dispi keeps the picture inside video memory
+    lines = np.lib.stride_tricks.as_strided(
+        vga.linear[vga.vbe.start :], (height, width * size), (vga.vbe.bytes_per_line, 1)
+    )
+    raw = lines.reshape(height, width, size)
     if depth == 8:
         return _colors(vga)[raw[..., 0] & vga.dac_mask]
     if depth >= 24:
@@ -140,5 +144,9 @@ def _vbe(vga: Vga) -> Picture:
     value = raw[..., 0].astype(np.uint16) | raw[..., 1].astype(np.uint16) << 8
     green_bits = 5 if depth == 15 else 6
     blue, green, red = value & 31, value >> 5 & (1 << green_bits) - 1, value >> 5 + green_bits & 31
-    channels = [red << 3 | red >> 2, green << 8 - green_bits | green >> 2 * green_bits - 8, blue << 3 | blue >> 2]
+    channels = [
+        red << 3 | red >> 2,
+        green << 8 - green_bits | green >> 2 * green_bits - 8,
+        blue << 3 | blue >> 2,
+    ]
     return np.stack(channels, axis=-1).astype(np.uint8)

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+from msgspec import Meta
 
 from coordinator.contract.clock import Clock
 from coordinator.contract.device import Device
+from coordinator.contract.errors import RecordError
 from coordinator.contract.registers import Access, Register, RegisterMap
 from coordinator.contract.state import Record
-from devhost.vga.planes import PLANES_SIZE, Bytes, Planes
-from devhost.vga.vbe import Dispi
+from devhost.chips.common import U8, U16
+from devhost.vga.planes import PLANES_SIZE, POSITION, Bytes, Planes
+from devhost.vga.vbe import BPP, YRES, Dispi
 
 #: first port of the map; offsets below are port - FIRST
 FIRST = 0x3B0
@@ -41,8 +44,8 @@ FRAME_NS, RETRACE_NS, LINE_NS, BLANK_NS = 16_666_667, 1_000_000, 31_778, 6_000
 
 @dataclass(frozen=True)
 class Window:
-    """What the CPU sees at A0000h. ``kind``: "planar", "text" or "linear"; base and size of the window in the CPU's
-    addresses; ``offset`` into video RAM for the two that are plain memory."""
+    """What the CPU sees at A0000h. ``kind``: "planar", "text" or "linear"; base and size of the window in the
+    CPU's addresses; ``offset`` into video RAM for the two that are plain memory."""
 
     kind: str
     base: int
@@ -50,32 +53,41 @@ class Window:
     offset: int
 
 
+_Sequencer = Annotated[tuple[U8, ...], Meta(min_length=SEQ_REGISTERS, max_length=SEQ_REGISTERS)]
+_Graphics = Annotated[tuple[U8, ...], Meta(min_length=GFX_REGISTERS, max_length=GFX_REGISTERS)]
+_Crtc = Annotated[tuple[U8, ...], Meta(min_length=CRTC_REGISTERS, max_length=CRTC_REGISTERS)]
+_Attribute = Annotated[tuple[U8, ...], Meta(min_length=ATTRIBUTE_REGISTERS, max_length=ATTRIBUTE_REGISTERS)]
+
+
 class VgaRecord(Record, frozen=True, kw_only=True):
-    kind = "vga"
-    misc: int
-    feature: int
-    seq_index: int
-    seq: list[int]
-    gfx_index: int
-    gfx: list[int]
-    crtc_index: int
-    crtc: list[int]
-    attribute_index: int
+    """Registers; video memory travels with the rest of guest memory."""
+
+    kind: ClassVar[str] = "vga"
+    misc: U8
+    feature: U8
+    seq_index: U8
+    seq: _Sequencer
+    gfx_index: U8
+    gfx: _Graphics
+    crtc_index: U8
+    crtc: _Crtc
+    attribute_index: U8
     attribute_flip: bool
-    attribute: list[int]
-    dac_mask: int
-    dac_state: int
-    dac_read: int
-    dac_write: int
-    dac_component: int
-    palette: bytes
-    latches: bytes
-    vbe_index: int
-    vbe: list[int]
+    attribute: _Attribute
+    dac_mask: U8
+    dac_state: U8
+    dac_read: U8
+    dac_write: U8
+    dac_component: Annotated[int, Meta(ge=0, le=2)]
+    palette: Annotated[bytes, Meta(min_length=768, max_length=768)]
+    latches: Annotated[bytes, Meta(min_length=4, max_length=4)]
+    vbe_index: U16
+    vbe: tuple[U16, ...]
 
 
 class Vga(Device):
-    """``vram`` is all of video memory; ``window_changed(Window)`` is called when the CPU's view changes."""
+    """``vram`` is all of video memory; ``window_changed(Window)`` is called when the CPU's view changes,
+    ``written(offset, length)`` when the card itself has stored into video memory."""
 
     kind = "vga"
     ranges: ClassVar = {
@@ -96,16 +108,24 @@ class Vga(Device):
             Register("DISPI index", 0, widths=(2,), write=Access.POSTED, doc="VBE_DISPI_IOPORT_INDEX"),
             Register("DISPI data", 1, span=2, widths=(2,), write=Access.POSTED, doc="VBE_DISPI_IOPORT_DATA"),
         ),
-        "window": RegisterMap(Register("window", 0, span=0x20000, widths=(1,), write=Access.POSTED, doc="planar memory")),
+        "window": RegisterMap(
+            Register("window", 0, span=0x20000, widths=(1,), write=Access.POSTED, doc="planar memory")
+        ),
         "mmio": RegisterMap(Register("mmio", 0, span=0x1000, widths=(1, 2), doc="QEMU standard-vga BAR 2")),
     }
 
-    def __init__(self, vram: Bytes, clock: Clock, window_changed: Callable[[Window], None]) -> None:
+    def __init__(
+        self,
+        vram: Bytes,
+        clock: Clock,
+        window_changed: Callable[[Window], None],
+        written: Callable[[int, int], None],
+    ) -> None:
         self.linear = vram[: vram.size - PLANES_SIZE]
         self.planes = Planes(vram[vram.size - PLANES_SIZE :])
         self._planes_offset = vram.size - PLANES_SIZE
         self._clock = clock
-        self._window_changed = window_changed
+        self._window_changed, self._written = window_changed, written
         self.vbe = Dispi(self.linear.size)
         self._window: Window | None = None
         self.reset()
@@ -135,9 +155,11 @@ class Vga(Device):
 
     def window(self) -> Window:
         """The memory window as the registers say (graphics register 6, sequencer register 4, VBE)."""
-        if self.vbe.enabled and self.vbe.values[3] > 4:
+        if self.vbe.enabled and self.vbe.values[BPP] > 4:
             return Window("linear", 0xA0000, 0x10000, self.vbe.bank_offset)
-        base, size = ((0xA0000, 0x20000), (0xA0000, 0x10000), (0xB0000, 0x8000), (0xB8000, 0x8000))[self.gfx[6] >> 2 & 3]
+        base, size = ((0xA0000, 0x20000), (0xA0000, 0x10000), (0xB0000, 0x8000), (0xB8000, 0x8000))[
+            self.gfx[6] >> 2 & 3
+        ]
         if self.chain4:
             return Window("linear", base, min(size, 0x10000), 0)
         odd_even = not self.seq[4] & 4 and self.gfx[5] & 0x10
@@ -224,7 +246,7 @@ class Vga(Device):
                 return 0xFF
 
     def _status(self) -> int:
-        """Input status 1: bit 3 vertical retrace, bit 0 no display; reading resets the attribute flip-flop."""
+        """Input status 1: bit 3 vertical retrace, bit 0 no display; a read resets the attribute flip-flop."""
         self.attribute_flip = False
         at = self._clock.now() % FRAME_NS
         retrace = at < RETRACE_NS
@@ -302,7 +324,9 @@ class Vga(Device):
             self.vbe.index = value
             return
         if self.vbe.write(value):
-            self.linear[: self.vbe.bytes_per_line * self.vbe.values[2]] = 0
+            length = self.vbe.bytes_per_line * self.vbe.values[YRES]
+            self.linear[:length] = 0
+            self._written(0, length)
         self._show_window()
 
     def _mmio_read(self, offset: int, width: int) -> int:
@@ -325,7 +349,7 @@ class Vga(Device):
 
     # ---- the planar window ----------------------------------------------------------------------
     def _address(self, offset: int) -> tuple[int, int, int] | None:
-        """(offset in the planes, read plane, write mask) of a CPU address relative to A0000h; None outside the window."""
+        """(offset in the planes, read plane, write mask) of a CPU address relative to A0000h; None outside."""
         window = self.window()
         at = offset - (window.base - 0xA0000)
         if not 0 <= at < window.size:
@@ -353,11 +377,11 @@ class Vga(Device):
         at, _, map_mask = where
         planes, bit_mask = self.planes, self.gfx[8]
         mode = self.gfx[5] & 3
+        if mode == 1:
+            self._store(at, planes.latches, 0xFF, map_mask)
+            return
         rotate = self.gfx[3] & 7
         rotated = (value >> rotate | value << 8 - rotate) & 0xFF
-        if mode == 1:
-            planes.write(at, planes.latches, 0xFF, map_mask)
-            return
         if mode == 0:
             enable = planes.spread(self.gfx[1])
             values = (planes.spread(self.gfx[0]) & enable) | (np.full(4, rotated, np.uint8) & ~enable)
@@ -372,27 +396,43 @@ class Vga(Device):
                 values = values | planes.latches
             case 3:
                 values = values ^ planes.latches
-        planes.write(at, values, bit_mask, map_mask)
+        self._store(at, values, bit_mask, map_mask)
+
+    def _store(self, at: int, values: Bytes, bit_mask: int, map_mask: int) -> None:
+        self.planes.write(at, values, bit_mask, map_mask)
+        for plane in range(4):
+            if map_mask >> plane & 1:
+                self._written(self._planes_offset + int(POSITION[plane, at]), 1)
 
     # ---- state -------------------------------------------------------------------------------------
     def save(self) -> VgaRecord:
+        fields: dict[str, Any] = {name: getattr(self, name) for name in _SCALARS}
+        fields.update((name, tuple(getattr(self, name))) for name in _FILES)
         return VgaRecord(
-            misc=self.misc, feature=self.feature, seq_index=self.seq_index, seq=list(self.seq), gfx_index=self.gfx_index,
-            gfx=list(self.gfx), crtc_index=self.crtc_index, crtc=list(self.crtc), attribute_index=self.attribute_index,
-            attribute_flip=self.attribute_flip, attribute=list(self.attribute), dac_mask=self.dac_mask,
-            dac_state=self.dac_state, dac_read=self.dac_read, dac_write=self.dac_write, dac_component=self.dac_component,
-            palette=self.palette.tobytes(), latches=self.planes.latches.tobytes(), vbe_index=self.vbe.index,
-            vbe=list(self.vbe.values),
-        )  # fmt: skip
+            **fields,
+            palette=self.palette.tobytes(),
+            latches=self.planes.latches.tobytes(),
+            vbe_index=self.vbe.index,
+            vbe=tuple(self.vbe.values),
+        )
 
     def load(self, record: Record) -> None:
         assert isinstance(record, VgaRecord)
-        for name in ("misc", "feature", "seq_index", "gfx_index", "crtc_index", "attribute_index", "attribute_flip",
-                     "dac_mask", "dac_state", "dac_read", "dac_write", "dac_component"):  # fmt: skip
+        vbe = Dispi(self.linear.size, record.vbe_index, list(record.vbe))
+        if not vbe.sound():
+            raise RecordError("record of vga: VBE registers that no guest can bring about")
+        self.vbe = vbe
+        for name in _SCALARS:
             setattr(self, name, getattr(record, name))
-        self.seq, self.gfx, self.crtc = list(record.seq), list(record.gfx), list(record.crtc)
-        self.attribute = list(record.attribute)
+        for name in _FILES:
+            setattr(self, name, list(getattr(record, name)))
         self.palette = np.frombuffer(record.palette, np.uint8).reshape(256, 3).copy()
         self.planes.latches = np.frombuffer(record.latches, np.uint8).copy()
-        self.vbe.index, self.vbe.values = record.vbe_index, list(record.vbe)
         self._show_window()
+
+
+_SCALARS = (
+    "misc", "feature", "seq_index", "gfx_index", "crtc_index", "attribute_index", "attribute_flip",
+    "dac_mask", "dac_state", "dac_read", "dac_write", "dac_component",
+)  # fmt: skip
+_FILES = ("seq", "gfx", "crtc", "attribute")

@@ -235,3 +235,16 @@ def test_large_transfer_is_cut_into_few_requests() -> None:
     rig.start()
     assert rig.settle() == 2
     assert memory.ram[0x40_0000:0x60_0000] == rig.backend().image[:0x20_0000]
+
+
+def test_transfer_waits_for_the_bus_master_enable_bit() -> None:
+    """PCI 3.0 table 6-1: with bit 2 of COMMAND clear the function generates no accesses."""
+    rig = disk()
+    rig.prds((0x8000, 0x1000))
+    rig.channel.grant_bus(False)
+    read_dma(rig, 8)
+    assert rig.bm_status & ACTIVE and rig.memory.ram[0x8000:0x9000] == bytes(0x1000)
+    rig.channel.grant_bus(True)
+    rig.settle()
+    assert rig.memory.ram[0x8000:0x9000] != bytes(0x1000)
+    assert rig.bm_status & (ACTIVE | BM_INTERRUPT) == BM_INTERRUPT

@@ -229,3 +229,19 @@ def test_bytes_at_the_data_port_and_odd_widths_do_no_harm() -> None:
     assert rig.channel.read(STATUS, 4, "command") & 0xFF == rig.alternate
     assert rig.channel.read(1, 2, "control") == 0xFFFF
     rig.channel.write(0, 8, 0, "command")
+
+
+def test_status_is_a_shadow_unless_reading_it_clears_the_interrupt() -> None:
+    """7.15: reading Status clears INTRQ; 7.1: Alternate Status is the same value without that."""
+    rig = disk()
+    assert rig.channel.peek(STATUS, "command") == rig.channel.peek(0, "control") == 0x50
+    rig.prds((0x8000, 0x1000))
+    rig.taskfile(count=8, lba=0)
+    rig.command(0xC8)
+    rig.start()
+    assert rig.channel.peek(STATUS, "command") == rig.channel.peek(0, "control")
+    rig.settle()
+    assert rig.pin.level
+    assert rig.channel.peek(STATUS, "command") is None and rig.channel.peek(0, "control") == 0x50
+    assert rig.channel.read(STATUS, 1, "command") == 0x50
+    assert rig.channel.peek(STATUS, "command") == 0x50 and not rig.pin.level

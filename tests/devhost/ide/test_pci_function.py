@@ -8,7 +8,18 @@ from devhost.ide.pci_function import Piix3Ide
 def function() -> tuple[Piix3Ide, list[tuple[int, bool]], list[int | None]]:
     decoded: list[tuple[int, bool]] = []
     moved: list[int | None] = []
-    return Piix3Ide(lambda channel, on: decoded.append((channel, on)), moved.append), decoded, moved
+    ide = Piix3Ide(lambda channel, on: decoded.append((channel, on)), moved.append, lambda granted: None)
+    return ide, decoded, moved
+
+
+def test_bus_mastering_is_told() -> None:
+    granted: list[bool] = []
+    ide = Piix3Ide(lambda channel, on: None, lambda base: None, granted.append)
+    ide.reset()
+    ide.write(0x04, 2, 0xFFFF)
+    assert ide.read(0x04, 2) == 0x0005  # 2.3.3: IOSE and BME, the others are hardwired to 0
+    ide.write(0x04, 2, 0x0001)
+    assert granted == [False, True, False]
 
 
 def test_identity() -> None:
