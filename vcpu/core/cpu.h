@@ -114,7 +114,7 @@ struct jump_entry { struct block *block; uint64_t key; };
 #define MODE_USER 0x10   /* CPL 3: in the jump cache's key only */
 
 /* ---- TLB ---- */
-#define TLB_BITS 10
+#define TLB_BITS 12
 #define TLB_SIZE (1u << TLB_BITS)
 #define TLB_INVALID UINT64_MAX
 struct tlb_entry {

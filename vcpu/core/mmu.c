@@ -107,24 +107,26 @@ static void filters_clear(struct cpu *c)
 
 static void entry_clear(struct tlb_entry *e) { e->read = e->write = e->exec = TLB_INVALID; }
 
+_Static_assert(TLB_SIZE == 64 * 64 && TLB_CHECKED == 3, "bitmaps in system_state.h");
+
+/* Clears the entries of the slots in a bitmap of a TLB. */
+static void clear_slots(struct tlb_entry *tlb, const uint64_t bits[64])
+{
+    for (unsigned word = 0; word < TLB_SIZE / 64; word++) {
+        for (uint64_t rest = bits[word]; rest; rest &= rest - 1) {
+            entry_clear(&tlb[word * 64 + (unsigned)__builtin_ctzll(rest)]);
+        }
+    }
+}
+
 void mmu_flush(struct cpu *c, bool global)
 {
     for (unsigned m = 0; m < TLB_CHECKED; m++) {
-        if (!(c->sys.tlb_used & 1u << m)) {
-            continue;
-        }
-        bool kept = false;
-        for (unsigned i = 0; i < TLB_SIZE; i++) {
-            if (!global && c->sys.tlb_global[m][i / 64] >> i % 64 & 1) {
-                kept = true;
-            } else {
-                entry_clear(&c->tlbs[m][i]);
-            }
-        }
-        if (!kept) {
-            c->sys.tlb_used &= ~(1u << m);
-            memset(c->sys.tlb_global[m], 0, sizeof c->sys.tlb_global[m]);
-        }
+        clear_slots(c->tlbs[m], global ? c->sys.tlb_filled[m] : c->sys.tlb_local[m]);
+    }
+    memset(c->sys.tlb_local, 0, sizeof c->sys.tlb_local);
+    if (global) {
+        memset(c->sys.tlb_filled, 0, sizeof c->sys.tlb_filled);
     }
     if (global || c->sys.exec_local) {
         jump_cache_flush(c);
@@ -140,16 +142,11 @@ void mmu_flush(struct cpu *c, bool global)
 
 void mmu_reset(struct cpu *c)
 {
-    for (unsigned m = 0; m < TLB_MODES; m++) {
-        for (unsigned i = 0; i < TLB_SIZE; i++) {
-            entry_clear(&c->tlbs[m][i]);
-        }
+    memset(c->sys.tlb_filled, 0xff, sizeof c->sys.tlb_filled);
+    mmu_flush(c, true);
+    for (unsigned i = 0; i < TLB_SIZE; i++) {
+        entry_clear(&c->tlbs[TLB_CHECKED][i]);
     }
-    c->sys.tlb_used = 0;
-    filters_clear(c);
-    c->sys.region.size = 0;
-    memset(c->sys.tlb_global, 0, sizeof c->sys.tlb_global);
-    jump_cache_flush(c);
 }
 
 /* INVLPG drops all of a large page, of which the slots hold parts (SDM vol. 3 section 4.10.4.1). */
@@ -161,16 +158,14 @@ void mmu_flush_page(struct cpu *c, uint64_t lin)
         return;
     }
     bool large = filter_has(c->sys.large_filter, lin >> 21, LARGE_BITS);
+    unsigned first = (lin >> 12) & (TLB_SIZE - 1), count = 1;
+    if (large) { /* the slots of its 512 parts follow one another */
+        first &= ~511u;
+        count = 512;
+    }
     for (unsigned m = 0; m < TLB_CHECKED; m++) {
-        if (large) {
-            for (unsigned i = 0; i < TLB_SIZE; i++) {
-                const struct tlb_entry *e = &c->tlbs[m][i];
-                if (e->read >> 21 == lin >> 21 || e->write >> 21 == lin >> 21 || e->exec >> 21 == lin >> 21) {
-                    entry_clear(&c->tlbs[m][i]);
-                }
-            }
-        } else {
-            entry_clear(&c->tlbs[m][(lin >> 12) & (TLB_SIZE - 1)]);
+        for (unsigned i = first; i < first + count; i++) {
+            entry_clear(&c->tlbs[m][i]);
         }
     }
     if (large || filter_has(c->sys.exec_filter, lin >> 12, EXEC_BITS)) {
@@ -187,8 +182,10 @@ static void fill(struct cpu *c, unsigned mode, uint64_t lin, enum mmu_access acc
     if (e->addend != addend || (e->read != page && e->write != page && e->exec != page)) {
         entry_clear(e);
         e->addend = addend;
-        c->sys.tlb_global[mode][slot / 64] &= ~(1ull << slot % 64);
     }
+    uint64_t bit = 1ull << slot % 64, *local = &c->sys.tlb_local[mode][slot / 64];
+    *local = w->global ? *local & ~bit : *local | bit;
+    c->sys.tlb_filled[mode][slot / 64] |= bit;
     bool same = r->flags & REGION_WRITE && r->flags & REGION_READ && r->read_offset == r->write_offset;
     if (access == MMU_EXEC) {
         e->exec = page;
@@ -204,8 +201,6 @@ static void fill(struct cpu *c, unsigned mode, uint64_t lin, enum mmu_access acc
             e->write = page;
         }
     }
-    c->sys.tlb_used |= 1u << mode;
-    c->sys.tlb_global[mode][slot / 64] |= (uint64_t)w->global << slot % 64;
     if (w->large) {
         filter_add(c->sys.large_filter, lin >> 21, LARGE_BITS);
         c->sys.large_pages = true;

@@ -22,13 +22,14 @@ enum event_kind {
 
 struct system_state {
     /* -- mmu.c -- */
-    uint64_t tlb_global[3][16];  /* by TLB: bit of a slot = its entry is of a global page (TLB_MODES, TLB_SIZE / 64) */
+    /* By TLB, a bit a slot (TLB_CHECKED, TLB_SIZE / 64): holds an entry; holds one of a page that is not global. So a flush
+     * costs what there is to flush. */
+    uint64_t tlb_filled[3][64], tlb_local[3][64];
     /* Which pages may be in there, as Bloom filters that a full flush empties (filter_bit() of the page's number): */
     uint64_t large_filter[64];   /* 2 MiB of which slots hold parts of a large page */
     bool large_pages;            /* some are in large_filter */
     uint64_t exec_filter[256];   /* 4 KiB whose code the jump cache may know */
     bool exec_local;             /* supervisor code may be in a page that is not global */
-    uint32_t tlb_used;           /* bit m: c->tlbs[m] holds entries */
     struct map_region region;    /* the last found for a physical address; size 0: none */
     uint64_t pdpte[4];           /* PAE: loaded with CR3 (SDM vol. 3 section 4.4.1) */
     /* -- fault.c -- */
