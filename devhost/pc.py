@@ -256,7 +256,7 @@ class Pc:
 
     def load(self, records: dict[str, bytes]) -> None:
         """Go on from ``records``, in a machine of the same configuration. RecordError where devices are
-        unknown, missing or not alike. The interrupt controller comes last: its record has the levels of its inputs."""
+        unknown, missing or not alike. The PIC comes last: it knows the levels of its inputs."""
         if records.keys() != self.slots.keys():
             different = ", ".join(sorted(records.keys() ^ self.slots.keys()))
             raise RecordError(f"devices on one side only: {different}")

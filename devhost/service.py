@@ -73,7 +73,7 @@ class Service:
     def run(self) -> None:
         """Serve until Quit."""
         sockets = (self.router, self.control.socket)
-        fixed = [self.config.doorbell_fd, *(socket.getsockopt(zmq.FD) for socket in sockets)]
+        fixed = [self.config.doorbell_fd, *(socket.fileno() for socket in sockets)]
         self.control.hello()
         while self._running:
             busy = self._serve_bus()

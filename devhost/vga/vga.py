@@ -90,23 +90,24 @@ class Vga(Device):
     ``written(offset, length)`` when the card itself has stored into video memory."""
 
     kind = "vga"
+    # what can change the CPU's view of memory is not posted: the new view is there when the write returns
     ranges: ClassVar = {
         "main": RegisterMap(
             Register("CRTC mono", 0x04, span=2, write=Access.POSTED, widths=(1, 2), doc="FreeVGA CRTC"),
             Register("STATUS mono", 0x0A, write=Access.POSTED, doc="input status 1 / feature control"),
             Register("ATTR", 0x10, span=2, write=Access.POSTED, doc="attribute controller"),
-            Register("MISC", 0x12, span=2, write=Access.POSTED, doc="miscellaneous output / input status 0"),
-            Register("SEQ", 0x14, span=2, write=Access.POSTED, widths=(1, 2), doc="sequencer"),
+            Register("MISC", 0x12, span=2, write=Access.POSTED, doc="misc output / input status 0"),
+            Register("SEQ", 0x14, span=2, widths=(1, 2), doc="sequencer; its memory mode is in the view"),
             Register("DAC", 0x16, span=4, write=Access.POSTED, doc="DAC"),
             Register("FEATURE", 0x1A, span=3, write=Access.POSTED, doc="feature control, misc read"),
-            Register("GFX", 0x1E, span=2, write=Access.POSTED, widths=(1, 2), doc="graphics controller"),
+            Register("GFX", 0x1E, span=2, widths=(1, 2), doc="graphics controller; selects the window"),
             Register("CRTC", 0x24, span=2, write=Access.POSTED, widths=(1, 2), doc="CRT controller"),
             Register("STATUS", 0x2A, write=Access.POSTED, doc="input status 1 / feature control"),
             size=0x30,
         ),
         "vbe": RegisterMap(
             Register("DISPI index", 0, widths=(2,), write=Access.POSTED, doc="VBE_DISPI_IOPORT_INDEX"),
-            Register("DISPI data", 1, span=2, widths=(2,), write=Access.POSTED, doc="VBE_DISPI_IOPORT_DATA"),
+            Register("DISPI data", 1, span=2, widths=(2,), doc="VBE_DISPI_IOPORT_DATA; mode and bank"),
         ),
         "window": RegisterMap(
             Register("window", 0, span=0x20000, widths=(1,), write=Access.POSTED, doc="planar memory")
@@ -349,7 +350,7 @@ class Vga(Device):
 
     # ---- the planar window ----------------------------------------------------------------------
     def _address(self, offset: int) -> tuple[int, int, int] | None:
-        """(offset in the planes, read plane, write mask) of a CPU address relative to A0000h; None outside."""
+        """(offset in the planes, read plane, write mask) of a CPU address less A0000h; None outside."""
         window = self.window()
         at = offset - (window.base - 0xA0000)
         if not 0 <= at < window.size:
