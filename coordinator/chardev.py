@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import socket
 import stat
@@ -18,12 +19,15 @@ from typing import Protocol
 from coordinator.chardev_spec import ChardevSpec
 from coordinator.contract.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
 #: bytes kept for a peer that does not read. Beyond that a serial line loses bytes; a monitor's
 #: connection, whose messages would be torn, is cut
 BACKLOG = 1 << 20
 CUT_BACKLOG = 16 << 20
 READ_SIZE = 65536
 CLOSE_SECONDS = 1.0
+RETRY_SECONDS = 0.1
 
 
 class Frontend(Protocol):
@@ -94,48 +98,56 @@ class FileDevice(Chardev):
 
 
 class SocketDevice(Chardev):
-    """A UNIX or TCP socket, as server (one client at a time) or client."""
+    """A UNIX or TCP socket, as client or as server. A server has one client at a time, others wait."""
 
     def __init__(self, spec: ChardevSpec) -> None:
         super().__init__(spec)
-        self._server: asyncio.AbstractServer | None = None
+        self._listener: socket.socket | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._first = asyncio.Event()
-        self._session: asyncio.Task[None] | None = None
+        self._work: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         spec = self.spec
         try:
-            if spec.server and spec.path:
-                _remove_stale_socket(spec.path)
-                self._server = await asyncio.start_unix_server(self._accept, spec.path)
-            elif spec.server:
-                self._server = await asyncio.start_server(self._accept, spec.host, spec.port)
+            if spec.server:
+                self._listener = _listen(spec)
+                self._work = asyncio.create_task(self._accept(self._listener))
             else:
-                connect = (asyncio.open_unix_connection(spec.path) if spec.path
-                           else asyncio.open_connection(spec.host, spec.port))  # fmt: skip
-                self._accept(*await connect)
+                connect = (
+                    asyncio.open_unix_connection(spec.path)
+                    if spec.path
+                    else asyncio.open_connection(spec.host, spec.port)
+                )
+                self._work = asyncio.create_task(self._serve(*await connect))
         except (OSError, ValueError) as error:
             verb = "listen on" if spec.server else "connect to"
-            raise ConfigError(f"cannot {verb} {spec.where}: {getattr(error, 'strerror', None) or error}") from None
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"cannot {verb} {spec.where}: {reason}") from None
 
     async def wait(self) -> None:
         if self.spec.server and self.spec.wait and not self._first.is_set():
             print(f"atoll run: waiting for a connection on {self.spec.where}", file=sys.stderr, flush=True)
             await self._first.wait()
 
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._writer is not None:
-            writer.close()
-            return
-        self._writer = writer
-        self._first.set()
-        self._session = asyncio.create_task(self._serve(reader, writer))
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                client, _ = await loop.sock_accept(listener)
+                streams = await asyncio.open_connection(sock=client)
+            except OSError as error:  # the client has gone, or we are short of descriptors
+                log.info("%s: %s", self.spec.where, error)
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
+            await self._serve(*streams)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self.frontend:
-            self.frontend.connected(self)
+        self._writer = writer
+        self._first.set()
         try:
+            if self.frontend:
+                self.frontend.connected(self)
             while data := await reader.read(READ_SIZE):
                 if self.frontend:
                     self.frontend.received(self, data)
@@ -159,22 +171,38 @@ class SocketDevice(Chardev):
             self._writer.transport.abort()
 
     async def close(self) -> None:
-        if self._server is not None:
-            self._server.close()
-            if self.spec.path:
-                with contextlib.suppress(OSError):
-                    os.unlink(self.spec.path)
-            self._server = None
-        writer, session = self._writer, self._session
+        writer = self._writer
         if writer is not None:
             with contextlib.suppress(OSError, TimeoutError):
                 await asyncio.wait_for(writer.drain(), CLOSE_SECONDS)
             writer.close()
             with contextlib.suppress(OSError, TimeoutError):
                 await asyncio.wait_for(writer.wait_closed(), CLOSE_SECONDS)
-        if session is not None:
-            session.cancel()
-            await asyncio.gather(session, return_exceptions=True)
+        if self._work is not None:
+            self._work.cancel()
+            await asyncio.gather(self._work, return_exceptions=True)
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+            if self.spec.path:
+                with contextlib.suppress(OSError):
+                    os.unlink(self.spec.path)
+
+
+def _listen(spec: ChardevSpec) -> socket.socket:
+    if spec.path:
+        _remove_stale_socket(spec.path)
+        listener = socket.socket(socket.AF_UNIX)
+        try:
+            listener.bind(spec.path)
+            listener.listen()
+        except OSError:
+            listener.close()
+            raise
+    else:
+        listener = socket.create_server((spec.host, spec.port))
+    listener.setblocking(False)
+    return listener
 
 
 def _remove_stale_socket(path: str) -> None:

@@ -42,7 +42,19 @@ def from_properties(kv: KeyValues) -> ChardevSpec:
         port=kv.number("port", 0, 0, 65535), server=server, wait=kv.flag("wait", server),
         append=kv.flag("append"), mux=kv.flag("mux"),
     )  # fmt: skip
-    kv.ignore("signal", "logfile", "logappend", "nodelay", "delay", "reconnect", "telnet", "ipv4", "ipv6", "abstract", "tight")
+    kv.ignore(
+        "signal",
+        "logfile",
+        "logappend",
+        "nodelay",
+        "delay",
+        "reconnect",
+        "telnet",
+        "ipv4",
+        "ipv6",
+        "abstract",
+        "tight",
+    )
     kv.done(("backend", "id", "path", "host", "port", "server", "wait", "append", "mux"))
     if kind == "socket" and not spec.path and not spec.port:
         raise UsageError(f"-chardev socket,id={spec.id}: needs path= or host= and port=")

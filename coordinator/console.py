@@ -19,7 +19,8 @@ ENOUGH_INPUT = 64 << 10
 
 ESCAPE = 0x01  # Ctrl-a
 HELP = (
-    b"\r\nCtrl-a h    this help\r\nCtrl-a x    end the machine\r\nCtrl-a c    switch between console and monitor\r\n"
+    b"\r\nCtrl-a h    this help\r\nCtrl-a x    end the machine\r\n"
+    b"Ctrl-a c    switch between console and monitor\r\n"
     b"Ctrl-a Ctrl-a  send Ctrl-a\r\n"
 )
 

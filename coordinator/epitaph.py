@@ -36,6 +36,9 @@ def _last_state(vm: Vm, role: str) -> str:
         )
     if role.startswith("devhost"):
         host = segment.host(int(role[7:]))
-        return f"{host.sync_served} accesses answered, {host.posted_served} posted writes applied, {host.dma_bytes} bytes of DMA"
+        return (
+            f"{host.sync_served} accesses answered, {host.posted_served} posted writes applied,"
+            f" {host.dma_bytes} bytes of DMA"
+        )
     images = ", ".join(f"{drive.id}={drive.file}" for drive in vm.machine.drives if drive.file is not None)
     return f"images: {images or 'none'}"

@@ -67,7 +67,9 @@ def dismiss() -> None:
     server = forkserver._forkserver
     if server._forkserver_pid is not None:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(server._forkserver_pid, signal.SIGKILL)  # it may still be importing, and has nothing to lose
+            os.kill(
+                server._forkserver_pid, signal.SIGKILL
+            )  # it may still be importing, and has nothing to lose
         server._stop()
 
 
@@ -87,7 +89,7 @@ def _arrived(handle: Any) -> int:
 
 
 def _main(module: str, config: type[msgspec.Struct], fields: dict[str, Any]) -> None:
-    """First function of a child. What it prints, a traceback too, goes to its log; the terminal is not its."""
+    """First function of a child. What it prints, a traceback too, goes to its log, not to the terminal."""
     log = os.open(fields["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -118,7 +120,9 @@ class Island:
             self.pid: int = self.process.pid
             self.pidfd = os.pidfd_open(self.pid)
         except (OSError, EOFError) as error:
-            raise IslandError(f"cannot start {role}: {getattr(error, 'strerror', None) or 'it ended at once'}") from None
+            raise IslandError(
+                f"cannot start {role}: {getattr(error, 'strerror', None) or 'it ended at once'}"
+            ) from None
 
     def alive(self) -> bool:
         poller = select.poll()
@@ -151,7 +155,10 @@ class Island:
         return f"{self.role} (pid {self.pid}) {how}"
 
     def last_words(self) -> str:
-        """The last line of its log, empty where it has none. In a log of all islands (-D) only lines with its name count."""
+        """The last line of its log, empty where it has none.
+
+        In a log of all islands (-D) only lines with its name count.
+        """
         try:
             with self.log.open("rb") as file:
                 file.seek(max(0, self.log.stat().st_size - LOG_END))

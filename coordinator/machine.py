@@ -145,13 +145,24 @@ class Vm:
         )
         self._island("blockd", "blockd.main", BlockdConfig, exports=exports, **common)
         self._island(
-            "devhost0", "devhost.main", DevhostConfig, index=0, machine=machine,
-            segment_fd=segment.fd, doorbell_fd=self._doorbells[0], **common,
+            "devhost0",
+            "devhost.main",
+            DevhostConfig,
+            index=0,
+            machine=machine,
+            segment_fd=segment.fd,
+            doorbell_fd=self._doorbells[0],
+            **common,
         )
         for i in range(machine.vcpus):
             self._island(
-                f"vcpu{i}", "vcpu.main", VcpuConfig, index=i,
-                segment_fd=segment.fd, doorbell_fds=tuple(self._doorbells), **common,
+                f"vcpu{i}",
+                "vcpu.main",
+                VcpuConfig,
+                index=i,
+                segment_fd=segment.fd,
+                doorbell_fds=tuple(self._doorbells),
+                **common,
             )
 
     def _island(self, role: str, module: str, config: type, **fields: Any) -> None:
@@ -162,16 +173,17 @@ class Vm:
         asyncio.get_running_loop().add_reader(island.pidfd, self._died, role)
 
     async def _wait_for_hellos(self) -> None:
-        ready = asyncio.gather(*(event.wait() for event in self._hello.values()))
-        either: set[asyncio.Future[Any]] = {ready, self.ending}
-        done, _ = await asyncio.wait(either, timeout=START_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-        if self.ending.done():
-            ready.cancel()
-            raise IslandError(self.ending.result().error or "the machine ended while it was starting")
-        if not done:
-            ready.cancel()
-            late = [role for role, event in self._hello.items() if not event.is_set()]
-            raise IslandError(f"{', '.join(late)} did not start within {START_SECONDS:.0f} s")
+        deadline = asyncio.get_running_loop().time() + START_SECONDS
+        for role, event in self._hello.items():
+            hello = asyncio.ensure_future(event.wait())
+            either: set[asyncio.Future[Any]] = {hello, self.ending}
+            left = deadline - asyncio.get_running_loop().time()
+            await asyncio.wait(either, timeout=max(0.0, left), return_when=asyncio.FIRST_COMPLETED)
+            hello.cancel()
+            if self.ending.done():
+                raise IslandError("the machine has ended while it was starting")
+            if not event.is_set():
+                raise IslandError(f"{role} did not start within {START_SECONDS:.0f} s")
 
     async def _load(self) -> None:
         """Fill RAM and set the start state, at power-on and at every reset."""
@@ -238,7 +250,11 @@ class Vm:
                         future.set_exception(IslandError(error))
             case messages.Hello(protocol=protocol):
                 if protocol != messages.PROTOCOL:
-                    self._end(Ending("internal-error", 1, f"{role} speaks protocol {protocol}, not {messages.PROTOCOL}"))
+                    self._end(
+                        Ending(
+                            "internal-error", 1, f"{role} speaks protocol {protocol}, not {messages.PROTOCOL}"
+                        )
+                    )
                 elif role in self._hello:
                     self._hello[role].set()
             case messages.SerialOutput(index=index, data=data):
@@ -275,7 +291,7 @@ class Vm:
             self._spawn(self._mourn(role))
 
     async def _mourn(self, role: str) -> None:
-        """An island has died: end the run with its name, state and log. One that failed has said so itself."""
+        """An island has died: end the run with its name, state and log, unless it said why itself."""
         await asyncio.wait({self.ending}, timeout=LAST_NOTICE_SECONDS)
         if not self.ending.done():
             self.state = "internal-error"
@@ -300,7 +316,10 @@ class Vm:
             if self.state == "running":
                 await self._pause()
             self.state = "shutdown"
-            self.event("SHUTDOWN", {"guest": True, "reason": reason if reason in SHUTDOWN_CAUSES else "guest-shutdown"})
+            self.event(
+                "SHUTDOWN",
+                {"guest": True, "reason": reason if reason in SHUTDOWN_CAUSES else "guest-shutdown"},
+            )
             if self.options.no_shutdown and reason != "debug-exit":
                 self.event("STOP")
             else:
@@ -409,7 +428,7 @@ class Vm:
                 await asyncio.wait_for(self.command(island.role, quit_), END_SECONDS)
                 answered = True
         if not answered or not await asyncio.to_thread(island.reap, END_SECONDS):
-            if island.alive():
+            if island.alive() and self._hello[island.role].is_set():
                 log.info("%s does not end by itself and is killed", island.role)
             island.kill()
             await asyncio.to_thread(island.reap, END_SECONDS)

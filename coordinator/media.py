@@ -36,9 +36,13 @@ def _removable(vm: Vm, name: str) -> Drive:
 async def open_tray(vm: Vm, name: str, force: bool = False) -> None:
     """A tray the guest has locked stays shut unless forced; the guest is asked to open it."""
     _removable(vm, name)
-    is_open = await vm.command("devhost0", messages.OpenTray(serial=vm.next_serial(), drive=name, force=force))
+    is_open = await vm.command(
+        "devhost0", messages.OpenTray(serial=vm.next_serial(), drive=name, force=force)
+    )
     if not is_open:
-        raise IslandError(f"Device '{name}' is locked and force was not specified, wait for tray to open and try again")
+        raise IslandError(
+            f"Device '{name}' is locked and force was not specified, wait for tray to open and try again"
+        )
 
 
 async def close_tray(vm: Vm, name: str) -> None:
@@ -46,40 +50,52 @@ async def close_tray(vm: Vm, name: str) -> None:
     await vm.command("devhost0", messages.CloseTray(serial=vm.next_serial(), drive=name))
 
 
-async def _remove(vm: Vm, old: Drive) -> Drive:
+async def _remove(vm: Vm, old: Drive) -> None:
     empty = msgspec.structs.replace(old, file=None)
     await vm.command("devhost0", messages.InsertMedium(serial=vm.next_serial(), drive=empty))
     if old.file is not None:
         await vm.command("blockd", messages.CloseExport(serial=vm.next_serial(), id=old.id))
     vm.replace_drive(empty)
-    return empty
+
+
+async def _insert(vm: Vm, new: Drive) -> None:
+    assert new.file is not None
+    export = Export(id=new.id, file=new.file, format=new.format, read_only=new.read_only, media=new.media)
+    await vm.command("blockd", messages.OpenExport(serial=vm.next_serial(), export=export))
+    await vm.command("devhost0", messages.InsertMedium(serial=vm.next_serial(), drive=new))
+    vm.replace_drive(new)
 
 
 async def eject(vm: Vm, name: str, force: bool = False) -> None:
     """Open the tray and take the medium out."""
-    old = _removable(vm, name)
-    await open_tray(vm, name, force)
-    await _remove(vm, old)
+    async with vm.media_lock:
+        await open_tray(vm, name, force)
+        await _remove(vm, _removable(vm, name))
 
 
-async def change(vm: Vm, name: str, filename: str, image_format: str | None = None, force: bool = False) -> None:
-    """Open the tray, swap the medium, close it. The new file is looked at before the old one goes."""
-    old = _removable(vm, name)
+async def change(
+    vm: Vm, name: str, filename: str, image_format: str | None = None, force: bool = False
+) -> None:
+    """Open the tray, swap the medium, close it. Where the new one cannot be used, the old one comes back."""
     if image_format not in (None, "raw"):
         raise ConfigError(f"format {image_format} cannot be used yet; only raw images can")
     path = os.path.abspath(filename)
-    if not os.path.isfile(path) and not os.path.exists(path):
+    if not os.path.exists(path):
         raise ConfigError(f"Could not open '{filename}': No such file or directory")
     if not os.access(path, os.R_OK) or os.path.isdir(path):
         raise ConfigError(f"Could not open '{filename}': not a readable file")
-    await open_tray(vm, name, force)
-    await _remove(vm, old)
-    new = msgspec.structs.replace(old, file=path, read_only=True)
-    export = Export(id=name, file=path, format="raw", read_only=True, media=Media.CDROM)
-    await vm.command("blockd", messages.OpenExport(serial=vm.next_serial(), export=export))
-    await vm.command("devhost0", messages.InsertMedium(serial=vm.next_serial(), drive=new))
-    vm.replace_drive(new)
-    await close_tray(vm, name)
+    async with vm.media_lock:
+        old = _removable(vm, name)
+        await open_tray(vm, name, force)
+        await _remove(vm, old)
+        try:
+            await _insert(vm, msgspec.structs.replace(old, file=path, read_only=True))
+        except IslandError as error:
+            if old.file is not None:
+                await _insert(vm, old)
+            raise ConfigError(f"Could not open '{filename}': {error}") from None
+        finally:
+            await close_tray(vm, name)
 
 
 async def describe(vm: Vm) -> list[dict[str, Any]]:
@@ -102,8 +118,9 @@ async def describe(vm: Vm) -> list[dict[str, Any]]:
         if d.file is not None and export is not None:
             image = {"filename": d.file, "format": d.format, "virtual-size": export["size"]}
             info["inserted"] = {
-                "file": d.file, "drv": d.format, "ro": d.read_only, "encrypted": False, "iops": 0, "iops_rd": 0, "iops_wr": 0,
-                "bps": 0, "bps_rd": 0, "bps_wr": 0, "detect_zeroes": "off", "write_threshold": 0, "backing_file_depth": 0,
+                "file": d.file, "drv": d.format, "ro": d.read_only, "encrypted": False,
+                "iops": 0, "iops_rd": 0, "iops_wr": 0, "bps": 0, "bps_rd": 0, "bps_wr": 0,
+                "detect_zeroes": "off", "write_threshold": 0, "backing_file_depth": 0,
                 "cache": {"writeback": True, "direct": False, "no-flush": False}, "image": image,
             }  # fmt: skip
         result.append(info)

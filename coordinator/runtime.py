@@ -61,7 +61,9 @@ def _create(name: str) -> tuple[Path, int]:
     safe = re.sub(r"[^A-Za-z0-9_.]", "_", name)[:LONGEST_NAME] or "vm"
     folder = top / f"{safe}-{os.getpid()}"
     if len(os.fsencode(folder)) > LONGEST_FOLDER:
-        raise ConfigError(f"the runtime folder {folder} has too long a path for sockets; set XDG_RUNTIME_DIR to a shorter one")
+        raise ConfigError(
+            f"the runtime folder {folder} has too long a path for sockets; set XDG_RUNTIME_DIR"
+        )
     try:
         top.mkdir(mode=0o700, parents=True, exist_ok=True)
         if top.stat().st_uid != os.getuid():
@@ -76,7 +78,9 @@ def _create(name: str) -> tuple[Path, int]:
         finally:
             os.close(all_machines)
     except OSError as error:
-        raise ConfigError(f"cannot make the runtime folder {folder}: {error.strerror}; set XDG_RUNTIME_DIR") from None
+        raise ConfigError(
+            f"cannot make the runtime folder {folder}: {error.strerror}; set XDG_RUNTIME_DIR"
+        ) from None
     return folder, held
 
 

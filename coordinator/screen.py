@@ -29,7 +29,12 @@ def png(width: int, height: int, rgb: bytes) -> bytes:
     line = 3 * width
     raw = b"".join(b"\0" + rgb[y * line : (y + 1) * line] for y in range(height))
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw, 6)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(raw, 6))
+        + chunk(b"IEND", b"")
+    )
 
 
 async def dump(vm: Vm, filename: str, image_format: str = "ppm") -> None:

@@ -10,7 +10,7 @@ from coordinator.machine import Vm
 
 
 def collect(vm: Vm, wall_seconds: float) -> dict[str, Any]:
-    """``accesses`` and ``roundtrips`` are by device name, ``interrupts`` by vector, ``pins`` by IOAPIC pin."""
+    """``accesses`` and ``roundtrips`` by device name, ``interrupts`` by vector, ``pins`` by IOAPIC pin."""
     segment = vm.segment
     assert segment is not None
     vcpus = [vcpu_counters(segment, i) for i in range(segment.vcpus)]

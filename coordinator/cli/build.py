@@ -3,68 +3,33 @@
 from __future__ import annotations
 
 import datetime
-import os
-import stat
 import uuid as uuid_module
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from coordinator import chardev_spec
-from coordinator.chardev_spec import ChardevSpec, parse_device
-from coordinator.cli import options
+from coordinator.chardev_spec import parse_device
+from coordinator.cli import drives, options
 from coordinator.cli.options import HelpWanted, KeyValues
-from coordinator.contract.config import Boot, DebugExit, Drive, Machine, Media, Rtc
-from coordinator.contract.errors import ConfigError, UsageError
+from coordinator.cli.settings import MonitorSpec, Settings
+from coordinator.contract.config import Boot, Machine, Media, Rtc
+from coordinator.contract.errors import UsageError
 from coordinator.policy import Options
 
 MIN_RAM, MAX_RAM = 1 << 20, 64 << 30
 MAX_VCPUS = 32
 #: names that a command line for such a machine may carry; all mean the one model (docs/quirks.md)
-CPU_MODELS = ("atoll", "qemu64", "kvm64", "max", "host", "qemu32", "EPYC", "EPYC-Rome", "EPYC-Milan", "Opteron_G5")
-DRIVE_PROPERTIES = ("file", "if", "index", "media", "format", "readonly", "id", "bus", "unit", "serial", "cache", "aio")
-NO_NETWORK = "there is no network yet; say -nic none"
-
-
-@dataclass
-class MonitorSpec:
-    """A monitor: ``mode`` is "control" (QMP) or "readline"."""
-
-    device: ChardevSpec
-    mode: str
-    pretty: bool = False
-
-
-@dataclass
-class Settings:
-    """The command line as understood so far."""
-
-    name: str = "atoll"
-    vcpus: int = 1
-    ram: int = 128 << 20
-    drives: list[Drive] = field(default_factory=list)
-    serials: list[ChardevSpec] = field(default_factory=list)
-    monitors: list[MonitorSpec] = field(default_factory=list)
-    chardevs: dict[str, ChardevSpec] = field(default_factory=dict)
-    boot: Boot = field(default_factory=Boot)
-    rtc: Rtc = field(default_factory=Rtc)
-    uuid: str = "00000000-0000-0000-0000-000000000000"
-    vga: bool | None = None
-    debug_exit: DebugExit | None = None
-    bios: str | None = None
-    kernel: str | None = None
-    initrd: str | None = None
-    append: str = ""
-    nographic: bool = False
-    defaults: bool = True
-    serial_given: bool = False
-    monitor_given: bool = False
-    options: Options = field(default_factory=Options)
-    pidfile: str | None = None
-    log_file: str | None = None
-    trace: list[str] = field(default_factory=list)
-    stats: str | None = None
-    #: drives of if=none, waiting for their -device
-    loose: dict[str, Drive] = field(default_factory=dict)
+CPU_MODELS = (
+    "atoll",
+    "qemu64",
+    "kvm64",
+    "max",
+    "host",
+    "qemu32",
+    "EPYC",
+    "EPYC-Rome",
+    "EPYC-Milan",
+    "Opteron_G5",
+)
 
 
 def settings(arguments: list[str]) -> Settings:
@@ -81,7 +46,9 @@ def settings(arguments: list[str]) -> Settings:
 
 def _finish(s: Settings) -> None:
     if s.loose:
-        raise UsageError(f"-drive id={next(iter(s.loose))}: if=none needs a -device ide-hd or ide-cd with drive=")
+        raise UsageError(
+            f"-drive id={next(iter(s.loose))}: if=none needs a -device ide-hd or ide-cd with drive="
+        )
     if s.kernel is None and (s.initrd or s.append):
         raise UsageError("-initrd and -append need -kernel")
     _default_devices(s)
@@ -108,9 +75,14 @@ def _used_once(s: Settings) -> None:
     taken: set[str] = set()
     for spec in (*s.serials, *(m.device for m in s.monitors)):
         if spec.kind == "stdio" and spec.where in taken:
-            raise UsageError("the terminal is used twice; only one of -serial, -monitor and -qmp can have stdio (mon:stdio shares it)")
+            raise UsageError(
+                "the terminal is used twice; only one of -serial, -monitor and -qmp can have stdio"
+                " (mon:stdio shares it)"
+            )
         if spec.kind != "null" and spec.where in taken:
-            raise UsageError(f"{spec.where} is used twice; give each -serial, -monitor and -qmp a place of its own")
+            raise UsageError(
+                f"{spec.where} is used twice; give each -serial, -monitor and -qmp a place of its own"
+            )
         taken.add(spec.where)
 
 
@@ -118,9 +90,19 @@ def machine(s: Settings, vga_rom: str | None, rom_size: int) -> Machine:
     """The configuration that every process reads; ``rom_size`` is 0 where no firmware runs."""
     boot = Boot(order=s.boot.order, menu=s.boot.menu, direct=s.kernel is not None)
     return Machine(
-        name=s.name, vcpus=s.vcpus, ram=s.ram, drives=tuple(sorted(s.drives, key=lambda d: d.index)),
-        serials=min(len(s.serials), 2), vga=bool(s.vga), rtc=s.rtc, boot=boot, uuid=s.uuid, rom_size=rom_size,
-        debug_exit=s.debug_exit, vga_rom=vga_rom if s.vga else None, trace=tuple(s.trace),
+        name=s.name,
+        vcpus=s.vcpus,
+        ram=s.ram,
+        drives=tuple(sorted(s.drives, key=lambda d: d.index)),
+        serials=min(len(s.serials), 2),
+        vga=bool(s.vga),
+        rtc=s.rtc,
+        boot=boot,
+        uuid=s.uuid,
+        rom_size=rom_size,
+        debug_exit=s.debug_exit,
+        vga_rom=vga_rom if s.vga else None,
+        trace=tuple(s.trace),
     )
 
 
@@ -153,7 +135,9 @@ def _cpu(s: Settings, value: str) -> None:
     if name == "help":
         raise HelpWanted("CPU models: " + ", ".join(CPU_MODELS) + " (all name the same x86-64-v2 model)")
     if name not in CPU_MODELS:
-        raise UsageError(f"-cpu {name} is not known; the nearest known one is {options.nearest(name, CPU_MODELS)}")
+        raise UsageError(
+            f"-cpu {name} is not known; the nearest known one is {options.nearest(name, CPU_MODELS)}"
+        )
 
 
 def _memory(s: Settings, value: str) -> None:
@@ -168,7 +152,10 @@ def _memory(s: Settings, value: str) -> None:
 
 def _smp(s: Settings, value: str) -> None:
     kv = KeyValues("smp", value, implied="cpus")
-    shape = {key: kv.number(key, 0, 1, MAX_VCPUS) for key in ("cpus", "sockets", "cores", "threads", "maxcpus", "dies")}
+    shape = {
+        key: kv.number(key, 0, 1, MAX_VCPUS)
+        for key in ("cpus", "sockets", "cores", "threads", "maxcpus", "dies")
+    }
     kv.done(shape)
     product = (shape["sockets"] or 1) * (shape["cores"] or 1) * (shape["threads"] or 1) * (shape["dies"] or 1)
     s.vcpus = shape["cpus"] or product
@@ -190,104 +177,6 @@ def _uuid(s: Settings, value: str) -> None:
         raise UsageError(f"-uuid {value}: not a UUID") from None
 
 
-def _image(s: Settings, index: int, media: Media, file: str) -> None:
-    if not file:
-        raise UsageError("-cdrom, -hda, -hdb, -hdc and -hdd need the name of an image file")
-    letter = "cd" if media is Media.CDROM else "hd"
-    _add_drive(s, Drive(id=f"ide{index // 2}-{letter}{index % 2}", index=index, media=media, file=_absolute(file),
-                        read_only=media is Media.CDROM))
-
-
-def _absolute(file: str | None) -> str | None:
-    return os.path.abspath(file) if file else None
-
-
-def _add_drive(s: Settings, drive: Drive) -> None:
-    if any(d.index == drive.index for d in s.drives):
-        raise UsageError(f"two drives at index {drive.index}: {drive.id}")
-    if any(d.id == drive.id for d in s.drives):
-        raise UsageError(f"two drives named {drive.id}")
-    s.drives.append(drive)
-
-
-def _free_index(s: Settings) -> int:
-    used = {d.index for d in s.drives}
-    for index in range(4):
-        if index not in used:
-            return index
-    raise UsageError("there are only four IDE drives")
-
-
-def _drive(s: Settings, value: str) -> None:
-    kv = KeyValues("drive", value)
-    interface = kv.choice("if", ("ide", "none"), "ide")
-    media = Media(kv.choice("media", ("disk", "cdrom"), "disk"))
-    file = _absolute(kv.take("file"))
-    image_format = kv.take("format", "raw") or "raw"
-    if image_format != "raw":
-        raise UsageError(f"-drive format={image_format}: only raw images can be used yet")
-    read_only = kv.flag("readonly", media is Media.CDROM) or media is Media.CDROM
-    bus, unit = kv.take("bus"), kv.number("unit", 0, 0, 1)
-    if bus not in (None, "0", "1"):
-        raise UsageError(f"-drive bus={bus}: choose 0 or 1")
-    given = kv.number("index", -1, 0, 3)
-    ident = kv.take("id")
-    serial = kv.take("serial") or ""
-    kv.ignore("cache", "aio", "discard", "werror", "rerror", "detect-zeroes", "copy-on-read")
-    if kv.flag("snapshot"):
-        raise UsageError("-drive snapshot=on is not there yet")
-    kv.done(DRIVE_PROPERTIES)
-    if media is Media.DISK and file is None:
-        raise UsageError("-drive media=disk needs file=")
-    if interface == "none":
-        if not ident:
-            raise UsageError("-drive if=none needs id=")
-        s.loose[ident] = Drive(id=ident, index=0, media=media, file=file, read_only=read_only, serial=serial)
-        return
-    index = given if given >= 0 else int(bus) * 2 + unit if bus is not None else _free_index(s)
-    letter = "cd" if media is Media.CDROM else "hd"
-    ident = ident or f"ide{index // 2}-{letter}{index % 2}"
-    _add_drive(s, Drive(id=ident, index=index, media=media, file=file, read_only=read_only, serial=serial))
-
-
-def _device(s: Settings, value: str) -> None:
-    kv = KeyValues("device", value, implied="driver")
-    driver = kv.need("driver")
-    if driver == "isa-debug-exit":
-        s.debug_exit = DebugExit(kv.number("iobase", 0x501, 0, 0xFFFF), kv.number("iosize", 2, 1, 4))
-        kv.ignore("id")
-        kv.done(("iobase", "iosize"))
-    elif driver in ("ide-cd", "ide-hd"):
-        _ide_device(s, kv, Media.CDROM if driver == "ide-cd" else Media.DISK)
-    elif driver in ("VGA", "std"):
-        s.vga = True
-    elif any(word in driver for word in ("net", "e1000", "rtl8139")):
-        raise UsageError(f"-device {driver}: {NO_NETWORK}")
-    else:
-        known = ("isa-debug-exit", "ide-cd", "ide-hd", "VGA")
-        raise UsageError(f"-device {driver} is not known; the nearest known one is {options.nearest(driver, known)}")
-
-
-def _ide_device(s: Settings, kv: KeyValues, media: Media) -> None:
-    source = kv.take("drive")
-    loose = s.loose.pop(source, None) if source else None
-    if source and loose is None:
-        raise UsageError(f"-device drive={source}: there is no -drive if=none,id={source} before it")
-    if loose is None and media is Media.DISK:
-        raise UsageError("-device ide-hd needs drive=")
-    bus = kv.take("bus")
-    unit = kv.number("unit", 0, 0, 1)
-    if bus is not None and bus not in ("ide.0", "ide.1"):
-        raise UsageError(f"-device bus={bus}: choose ide.0 or ide.1")
-    index = int(bus[-1]) * 2 + unit if bus else _free_index(s)
-    ident = kv.take("id") or (loose.id if loose else f"ide{index // 2}-cd{index % 2}")
-    serial = kv.take("serial") or (loose.serial if loose else "")
-    kv.ignore("bootindex", "model", "ver", "wwn")
-    kv.done(("drive", "bus", "unit", "id", "serial"))
-    _add_drive(s, Drive(id=ident, index=index, media=media, file=loose.file if loose else None,
-                        read_only=loose.read_only if loose else media is Media.CDROM, serial=serial))
-
-
 def _boot(s: Settings, value: str) -> None:
     kv = KeyValues("boot", value, implied="order")
     order = kv.take("order") or kv.take("once") or s.boot.order
@@ -306,7 +195,9 @@ def _rtc(s: Settings, value: str) -> None:
         try:
             datetime.datetime.fromisoformat(base)
         except ValueError:
-            raise UsageError(f"-rtc base={base}: say utc, localtime or a date like 2026-01-31T12:00:00") from None
+            raise UsageError(
+                f"-rtc base={base}: say utc, localtime or a date like 2026-01-31T12:00:00"
+            ) from None
     clock = kv.choice("clock", ("host", "vm", "rt"), "host")
     kv.ignore("driftfix")
     kv.done(("base", "clock"))
@@ -315,7 +206,7 @@ def _rtc(s: Settings, value: str) -> None:
 
 def _no_network(s: Settings, value: str) -> None:
     if options.split(value)[0] != "none":
-        raise UsageError(f"'{value}': {NO_NETWORK}")
+        raise UsageError(f"'{value}': {drives.NO_NETWORK}")
 
 
 def _display(s: Settings, value: str) -> None:
@@ -407,60 +298,39 @@ _FLAGS: dict[str, Callable[[Settings], None]] = {
 }
 
 _VALUES: dict[str, Callable[[Settings, str], None]] = {
-    "machine": _machine, "M": _machine, "accel": _accel, "cpu": _cpu, "m": _memory, "smp": _smp, "name": _name,
-    "uuid": _uuid, "drive": _drive, "device": _device, "boot": _boot, "bios": _set("bios"), "kernel": _set("kernel"),
-    "initrd": _set("initrd"), "append": _set("append"), "display": _display, "vga": _vga, "serial": _serial,
-    "monitor": _monitor, "qmp": _qmp, "chardev": _chardev, "mon": _mon, "net": _no_network, "nic": _no_network,
-    "netdev": _no_network, "rtc": _rtc, "pidfile": _set("pidfile"), "D": _set("log_file"), "trace": _trace,
+    "machine": _machine,
+    "M": _machine,
+    "accel": _accel,
+    "cpu": _cpu,
+    "m": _memory,
+    "smp": _smp,
+    "name": _name,
+    "uuid": _uuid,
+    "drive": drives.drive,
+    "device": drives.device,
+    "boot": _boot,
+    "bios": _set("bios"),
+    "kernel": _set("kernel"),
+    "initrd": _set("initrd"),
+    "append": _set("append"),
+    "display": _display,
+    "vga": _vga,
+    "serial": _serial,
+    "monitor": _monitor,
+    "qmp": _qmp,
+    "chardev": _chardev,
+    "mon": _mon,
+    "net": _no_network,
+    "nic": _no_network,
+    "netdev": _no_network,
+    "rtc": _rtc,
+    "pidfile": _set("pidfile"),
+    "D": _set("log_file"),
+    "trace": _trace,
     "stats": _set("stats"),
-    "cdrom": lambda s, v: _image(s, 2, Media.CDROM, v),
-    "hda": lambda s, v: _image(s, 0, Media.DISK, v),
-    "hdb": lambda s, v: _image(s, 1, Media.DISK, v),
-    "hdc": lambda s, v: _image(s, 2, Media.DISK, v),
-    "hdd": lambda s, v: _image(s, 3, Media.DISK, v),
-}  # fmt: skip
-
-
-def check_files(s: Settings) -> None:
-    """Files that the user named must be usable before anything starts."""
-    for option, file in (("bios", s.bios), ("kernel", s.kernel)):
-        if file is not None:
-            _readable(f"-{option}", file)
-    for file in (s.initrd or "").split(",") if s.initrd else ():
-        _readable("-initrd", file.split(" ")[0])
-    for drive in s.drives:
-        if drive.file is not None:
-            mode = _readable(f"drive {drive.id}:", drive.file, (stat.S_ISREG, stat.S_ISBLK))
-            if not drive.read_only and not os.access(drive.file, os.W_OK):
-                raise ConfigError(f"drive {drive.id}: {drive.file}: is not writable; add readonly=on or change its mode")
-            if stat.S_ISREG(mode) and os.path.getsize(drive.file) == 0:
-                raise ConfigError(f"drive {drive.id}: {drive.file}: is empty; give an image with at least one sector")
-    for option, file in (("-stats", s.stats), ("-pidfile", s.pidfile), ("-D", s.log_file)):
-        if file is not None:
-            _writable(option, file)
-
-
-def _readable(what: str, file: str, kinds: tuple[Callable[[int], bool], ...] = (stat.S_ISREG,)) -> int:
-    """The mode of a file that can be read."""
-    try:
-        mode = os.stat(file).st_mode
-    except (OSError, ValueError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", error)
-        raise ConfigError(f"{what} {file}: {reason}") from None
-    if stat.S_ISDIR(mode):
-        raise ConfigError(f"{what} {file}: is a directory, not an image")
-    if not any(kind(mode) for kind in kinds):
-        raise ConfigError(f"{what} {file}: is not a regular file")
-    if not os.access(file, os.R_OK):
-        raise ConfigError(f"{what} {file}: is not readable")
-    return mode
-
-
-def _writable(what: str, file: str) -> None:
-    folder = os.path.dirname(os.path.abspath(file))
-    if os.path.isdir(file):
-        raise ConfigError(f"{what} {file}: is a directory")
-    if not os.path.isdir(folder):
-        raise ConfigError(f"{what} {file}: there is no folder {folder}")
-    if not os.access(file if os.path.exists(file) else folder, os.W_OK):
-        raise ConfigError(f"{what} {file}: cannot be written")
+    "cdrom": lambda s, v: drives.image(s, 2, Media.CDROM, v),
+    "hda": lambda s, v: drives.image(s, 0, Media.DISK, v),
+    "hdb": lambda s, v: drives.image(s, 1, Media.DISK, v),
+    "hdc": lambda s, v: drives.image(s, 2, Media.DISK, v),
+    "hdd": lambda s, v: drives.image(s, 3, Media.DISK, v),
+}

@@ -34,7 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     name, *rest = arguments
     if name not in SUBCOMMANDS:
-        print(f"atoll: unknown command '{name}'; did you mean '{nearest(name, SUBCOMMANDS)}'?", file=sys.stderr)
+        print(
+            f"atoll: unknown command '{name}'; did you mean '{nearest(name, SUBCOMMANDS)}'?", file=sys.stderr
+        )
         return 2
     module = importlib.import_module(SUBCOMMANDS[name][0])
     try:

@@ -47,7 +47,11 @@ OPTIONS = (
     Option("nographic", None, "no display; serial port and monitor on the terminal"),
     Option("display", "none", "there is no window; use screendump to see the screen"),
     Option("vga", "std|none", "VGA card"),
-    Option("serial", "DEV", "stdio, mon:stdio, file:F, unix:PATH[,server=on,wait=off], tcp:HOST:PORT, chardev:ID, null, none"),
+    Option(
+        "serial",
+        "DEV",
+        "stdio, mon:stdio, file:F, unix:PATH[,server=on,wait=off], tcp:HOST:PORT, chardev:ID, null, none",
+    ),
     Option("monitor", "DEV", "human monitor on stdio, unix:PATH, none"),
     Option("qmp", "DEV", "QMP on unix:PATH,server=on,wait=off or tcp:HOST:PORT"),
     Option("chardev", "socket|stdio|file|null,id=ID,...", "a character device for -mon and -serial"),
@@ -85,8 +89,13 @@ def help_text() -> str:
     lines = ["usage: atoll run [OPTIONS]   (options as in qemu-system-x86_64)", ""]
     for option in OPTIONS:
         head = f"-{option.name}" + (f" {option.argument}" if option.argument else "")
-        lines.append(f"  {head:<30} {option.about}" if len(head) <= 30 else f"  {head}\n{'':33}{option.about}")
-    lines += ["", "Keys on a serial console at the terminal: Ctrl-a x ends, Ctrl-a c switches to the monitor, Ctrl-a h helps."]
+        lines.append(
+            f"  {head:<30} {option.about}" if len(head) <= 30 else f"  {head}\n{'':33}{option.about}"
+        )
+    lines += [
+        "",
+        "Keys on a console at the terminal: Ctrl-a x ends, Ctrl-a c switches to the monitor, Ctrl-a h helps",
+    ]
     return "\n".join(lines)
 
 
@@ -97,11 +106,15 @@ def parse(arguments: list[str]) -> list[tuple[str, str]]:
     while rest:
         word = rest.pop(0)
         if not word.startswith("-") or word == "-":
-            raise UsageError(f"'{word}' is not an option; give a disk image with -hda {word}, a CD image with -cdrom {word}")
+            raise UsageError(
+                f"'{word}' is not an option; give a disk image with -hda {word}, a CD with -cdrom {word}"
+            )
         name = word[2:] if word.startswith("--") else word[1:]
         option = _BY_NAME.get(name)
         if option is None:
-            raise UsageError(f"unknown option '{word}'; the nearest known one is '-{nearest(name, _BY_NAME)}'")
+            raise UsageError(
+                f"unknown option '{word}'; the nearest known one is '-{nearest(name, _BY_NAME)}'"
+            )
         if option.argument is None:
             found.append((name, ""))
         elif not rest:
@@ -181,7 +194,9 @@ class KeyValues:
     def done(self, known: Iterable[str]) -> None:
         if self._values:
             key = next(iter(self._values))
-            raise UsageError(f"-{self.option}: unknown property '{key}'; the nearest known one is '{nearest(key, known)}'")
+            raise UsageError(
+                f"-{self.option}: unknown property '{key}'; the nearest known one is '{nearest(key, known)}'"
+            )
 
 
 _SUFFIXES = {"": 1 << 20, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from coordinator import islands, runtime
-from coordinator.cli import build, options
+from coordinator.cli import build, files, options
 from coordinator.contract.errors import ConfigError
 
 
@@ -27,7 +27,7 @@ def run(arguments: list[str]) -> int:
     except options.HelpWanted as text:
         print(text)
         return 0
-    build.check_files(settings)
+    files.check(settings)
     with _signals_unwind(), _pidfile(settings.pidfile), runtime.folder(settings.name) as folder:
         islands.prepare(settings.name, folder)
         try:

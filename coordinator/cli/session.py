@@ -13,10 +13,10 @@ from typing import Any
 
 from coordinator import boot, chardev, pieces, stats
 from coordinator.cli import build
-from coordinator.cli.build import Settings
+from coordinator.cli.settings import Settings
 from coordinator.console import Mux, SerialPort
-from coordinator.contract.errors import AtollError, ConfigError
 from coordinator.contract.config import Machine
+from coordinator.contract.errors import AtollError, ConfigError
 from coordinator.machine import Ending, Loader, Vm
 from coordinator.monitor import MonitorFrontend
 from coordinator.qmp.server import QmpFrontend
@@ -131,7 +131,9 @@ def _attach(vm: Vm, s: Settings) -> list[chardev.Chardev]:
             device.frontend = port
     for monitor in s.monitors:
         device = chardev.make(monitor.device)
-        device.frontend = QmpFrontend(vm, monitor.pretty) if monitor.mode == "control" else MonitorFrontend(vm)
+        device.frontend = (
+            QmpFrontend(vm, monitor.pretty) if monitor.mode == "control" else MonitorFrontend(vm)
+        )
         device.lossy = False
         devices.append(device)
 

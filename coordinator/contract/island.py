@@ -39,7 +39,9 @@ def enter(role: str, vm: str, parent: int, log: str | None) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     logging.raiseExceptions = False  # a full disk is no reason to fill it with tracebacks
     stream = open(log, "a", buffering=1, encoding="utf-8") if log else sys.stderr  # noqa: SIM115 - lives as long as we
-    logging.basicConfig(stream=stream, format=f"%(asctime)s {role}: %(message)s", level=logging.INFO, force=True)
+    logging.basicConfig(
+        stream=stream, format=f"%(asctime)s {role}: %(message)s", level=logging.INFO, force=True
+    )
     faulthandler.enable(stream)
     watch_parent(parent)
 

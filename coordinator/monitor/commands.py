@@ -18,7 +18,6 @@ from coordinator.contract.errors import AtollError, UsageError
 from coordinator.machine import Vm
 from coordinator.monitor import info, memory
 
-
 log = logging.getLogger(__name__)
 
 #: words behind ``info`` that need no island
@@ -163,14 +162,22 @@ async def _nmi(c: Context, words: list[str]) -> str:
     return ""
 
 
+def _format(c: Context, words: list[str]) -> tuple[str, str]:
+    """Format and address of ``x/4xw ADDRESS`` and of ``x /4xw ADDRESS``."""
+    suffix = c.suffix
+    if not suffix and words and words[0].startswith("/"):
+        suffix, words = words[0][1:], words[1:]
+    if not words:
+        raise UsageError("too few words")
+    return suffix, "".join(words)
+
+
 async def _x(c: Context, words: list[str]) -> str:
-    _expect(words, 1, 1)
-    return await memory.dump_virtual(c.vm, c.cpu, c.suffix, words[0])
+    return await memory.dump_virtual(c.vm, c.cpu, *_format(c, words))
 
 
 async def _xp(c: Context, words: list[str]) -> str:
-    _expect(words, 1, 1)
-    return await memory.dump_physical(c.vm, c.suffix, words[0])
+    return await memory.dump_physical(c.vm, *_format(c, words))
 
 
 COMMANDS: dict[str, Command] = {

@@ -40,7 +40,9 @@ async def _cpus(vm: Vm, cpu: int) -> str:
         block = vm.segment.vcpu(i)
         mark = "*" if i == cpu else " "
         state = _ACTIVITY[block.arch.activity] if block.arch.activity < len(_ACTIVITY) else "?"
-        text += f"{mark} CPU #{i}: {state}, pid={vm.islands[f'vcpu{i}'].pid}, instructions={block.instructions}\n"
+        text += (
+            f"{mark} CPU #{i}: {state}, pid={vm.islands[f'vcpu{i}'].pid}, instructions={block.instructions}\n"
+        )
     return text
 
 
@@ -53,10 +55,17 @@ async def _block(vm: Vm, cpu: int) -> str:
     text = ""
     for drive in await media.describe(vm):
         inserted = drive.get("inserted")
-        what = f"{inserted['file']} ({inserted['drv']}{', read-only' if inserted['ro'] else ''})" if inserted else "[not inserted]"
+        what = (
+            f"{inserted['file']} ({inserted['drv']}{', read-only' if inserted['ro'] else ''})"
+            if inserted
+            else "[not inserted]"
+        )
         text += f"{drive['device']}: {what}\n"
         if drive["removable"]:
-            lock, tray = "locked" if drive["locked"] else "not locked", "open" if drive["tray_open"] else "closed"
+            lock, tray = (
+                "locked" if drive["locked"] else "not locked",
+                "open" if drive["tray_open"] else "closed",
+            )
             text += f"    Removable device: {lock}, tray {tray}\n"
     return text
 
@@ -97,7 +106,8 @@ async def _lapic(vm: Vm, cpu: int) -> str:
         lvt = getattr(apic, f"lvt_{name}")
         text += f"  LVT {name:<8} {lvt:08x} vec={lvt & 0xFF:#04x}{' masked' if lvt >> 16 & 1 else ''}\n"
     text += f"  TPR={apic.tpr:#x} SVR={apic.svr:#x} LDR={apic.ldr:#x} DFR={apic.dfr:#x} ESR={apic.esr:#x}\n"
-    text += f"  ICR={apic.icr_high:08x}{apic.icr_low:08x} timer initial={apic.timer_initial} divide={apic.timer_divide:#x}\n"
+    text += f"  ICR={apic.icr_high:08x}{apic.icr_low:08x}"
+    text += f" timer initial={apic.timer_initial} divide={apic.timer_divide:#x}\n"
     return text + f"  IRR {_bits(apic.irr)}\n  ISR {_bits(apic.isr)}\n"
 
 

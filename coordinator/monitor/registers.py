@@ -46,7 +46,8 @@ def describe(vm: Vm, cpu: int) -> str:
         text += " ".join(f"{GPR[i].upper():<3}={arch.gpr[i]:016x}" for i in show[row : row + 4]) + "\n"
     letters = "".join(letter if arch.rflags >> bit & 1 else "-" for letter, bit in _FLAGS)
     halted = int(arch.activity == 1)
-    text += f"RIP={arch.rip:016x} RFL={arch.rflags:08x} [{letters}] CPL={arch.cpl} II={arch.inhibit} HLT={halted}\n"
+    text += f"RIP={arch.rip:016x} RFL={arch.rflags:08x} [{letters}]"
+    text += f" CPL={arch.cpl} II={arch.inhibit} HLT={halted}\n"
     text += "".join(_segment(name.upper(), arch.seg[i]) for i, name in enumerate(SEGMENTS))
     text += _segment("LDT", arch.ldtr) + _segment("TR", arch.tr)
     for name in ("gdtr", "idtr"):
@@ -63,5 +64,7 @@ def describe(vm: Vm, cpu: int) -> str:
         pair = [(i + k, bytes(fpu.fpr[(top + i + k) & 7])[:10][::-1].hex()) for k in range(2)]
         text += " ".join(f"FPR{n}={value[4:]} {value[:4]}" for n, value in pair) + "\n"
     for i in range(0, 16, 2):
-        text += " ".join(f"XMM{n:02d}={arch.vec[n].q[1]:016x}{arch.vec[n].q[0]:016x}" for n in (i, i + 1)) + "\n"
+        text += (
+            " ".join(f"XMM{n:02d}={arch.vec[n].q[1]:016x}{arch.vec[n].q[0]:016x}" for n in (i, i + 1)) + "\n"
+        )
     return text

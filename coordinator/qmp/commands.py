@@ -193,7 +193,8 @@ COMMANDS: dict[str, Command] = {
     ),
     "screendump": Command(
         screendump,
-        {"filename": Parameter(str), "format": _optional(str), "device": _optional(str), "head": _optional(int)},
+        {"filename": Parameter(str), "format": _optional(str)}
+        | {"device": _optional(str), "head": _optional(int)},
     ),
     "send-key": Command(send_key, {"keys": Parameter(list), "hold-time": _optional(int)}),
     "human-monitor-command": Command(

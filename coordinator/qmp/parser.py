@@ -92,7 +92,11 @@ class Parser:
                 raise JsonError("JSON parse error, invalid syntax") from None
             if "\n" in text[error.pos :] and not text.lstrip().startswith(("{", "[")):
                 raise JsonError("JSON parse error, expecting value") from None
-            if error.pos < len(text.rstrip()) and "\n" in text[error.pos :] and "Unterminated" not in error.msg:
+            if (
+                error.pos < len(text.rstrip())
+                and "\n" in text[error.pos :]
+                and "Unterminated" not in error.msg
+            ):
                 raise JsonError("JSON parse error, invalid syntax") from None
             return None, 0
         except ValueError:  # an integer of thousands of digits

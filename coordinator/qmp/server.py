@@ -19,7 +19,6 @@ from coordinator.media import NotFound
 from coordinator.qmp import commands
 from coordinator.qmp.parser import JsonError, Parser
 
-
 log = logging.getLogger(__name__)
 
 #: commands that wait; a peer that sends more is not read from meanwhile
@@ -111,7 +110,10 @@ class Session:
         if not self._negotiated:
             return
         seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
-        message: dict[str, Any] = {"timestamp": {"seconds": seconds, "microseconds": nanoseconds // 1000}, "event": name}
+        message: dict[str, Any] = {
+            "timestamp": {"seconds": seconds, "microseconds": nanoseconds // 1000},
+            "event": name,
+        }
         if data:
             message["data"] = data
         self._send(message)
@@ -170,7 +172,9 @@ class Session:
         _check(command, arguments)
         if not command.early:
             await self._vm.started()
-        result = await command.function(self._vm, **{key.replace("-", "_"): value for key, value in arguments.items()})
+        result = await command.function(
+            self._vm, **{key.replace("-", "_"): value for key, value in arguments.items()}
+        )
         if isinstance(result, commands.Then):
             return result.value, result.after
         return {} if result is None else result, None
@@ -190,7 +194,9 @@ def _check(command: commands.Command, arguments: dict[str, Any]) -> None:
         if parameter is None:
             raise QmpError(f"Parameter '{key}' is unexpected")
         if not isinstance(value, parameter.type) or (isinstance(value, bool) and parameter.type is int):
-            raise QmpError(f"Invalid parameter type for '{key}', expected: {commands.TYPE_NAMES[parameter.type]}")
+            raise QmpError(
+                f"Invalid parameter type for '{key}', expected: {commands.TYPE_NAMES[parameter.type]}"
+            )
     for key, parameter in command.parameters.items():
         if parameter.required and key not in arguments:
             raise QmpError(f"Parameter '{key}' is missing")

@@ -51,14 +51,31 @@ def source(*paths: Path) -> list[bytes]:
     return [path.read_bytes() for path in paths]
 
 
-@cache
+COMMON_FLAGS = ("-O2", "-std=gnu11", "-static", "-Wall", "-Wextra", "-Werror")
+BARE_FLAGS = (
+    "-m32", "-ffreestanding", "-nostdlib", "-fno-pie", "-no-pie", "-mgeneral-regs-only",
+    "-fno-stack-protector",
+    "-fno-asynchronous-unwind-tables", "-fcf-protection=none",
+    "-Wl,-Ttext=0x100000,-n,--build-id=none,--no-warn-rwx-segments",
+)  # fmt: skip
+
+
 def program(name: str) -> Path:
     """The static program built from the C files of tests/guests/NAME; runs here and in guests."""
+    return _compiled(name, (*COMMON_FLAGS, "-march=x86-64"))
+
+
+def bare(name: str) -> Path:
+    """The multiboot kernel built from the C files of tests/guests/NAME."""
+    return _compiled(name, (*COMMON_FLAGS, *BARE_FLAGS))
+
+
+@cache
+def _compiled(name: str, flags: tuple[str, ...]) -> Path:
     files = sorted((GUESTS / name).glob("*.[ch]"))
     compiler = os.environ.get("CC", "gcc")
     if shutil.which(compiler) is None:
         raise ConfigError(f"{compiler} not found: run `make setup`")
-    flags = ["-O2", "-std=gnu11", "-static", "-Wall", "-Wextra", "-Werror", "-march=x86-64"]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
 
     def build(path: Path) -> None:

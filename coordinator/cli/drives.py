@@ -1,0 +1,144 @@
+"""-cdrom, -hda and its like, -drive and -device: the drives of a machine and where they are."""
+
+from __future__ import annotations
+
+import os
+
+from coordinator.cli import options
+from coordinator.cli.options import KeyValues
+from coordinator.cli.settings import Settings
+from coordinator.contract.config import DebugExit, Drive, Media
+from coordinator.contract.errors import UsageError
+
+DRIVE_PROPERTIES = (
+    "file",
+    "if",
+    "index",
+    "media",
+    "format",
+    "readonly",
+    "id",
+    "bus",
+    "unit",
+    "serial",
+    "cache",
+    "aio",
+)
+NO_NETWORK = "there is no network yet; say -nic none"
+
+
+def image(s: Settings, index: int, media: Media, file: str) -> None:
+    if not file:
+        raise UsageError("-cdrom, -hda, -hdb, -hdc and -hdd need the name of an image file")
+    letter = "cd" if media is Media.CDROM else "hd"
+    _add_drive(
+        s,
+        Drive(
+            id=f"ide{index // 2}-{letter}{index % 2}",
+            index=index,
+            media=media,
+            file=_absolute(file),
+            read_only=media is Media.CDROM,
+        ),
+    )
+
+
+def _absolute(file: str | None) -> str | None:
+    return os.path.abspath(file) if file else None
+
+
+def _add_drive(s: Settings, drive: Drive) -> None:
+    if any(d.index == drive.index for d in s.drives):
+        raise UsageError(f"two drives at index {drive.index}: {drive.id}")
+    if any(d.id == drive.id for d in s.drives):
+        raise UsageError(f"two drives named {drive.id}")
+    s.drives.append(drive)
+
+
+def _free_index(s: Settings) -> int:
+    used = {d.index for d in s.drives}
+    for index in range(4):
+        if index not in used:
+            return index
+    raise UsageError("there are only four IDE drives")
+
+
+def drive(s: Settings, value: str) -> None:
+    kv = KeyValues("drive", value)
+    interface = kv.choice("if", ("ide", "none"), "ide")
+    media = Media(kv.choice("media", ("disk", "cdrom"), "disk"))
+    file = _absolute(kv.take("file"))
+    image_format = kv.take("format", "raw") or "raw"
+    if image_format != "raw":
+        raise UsageError(f"-drive format={image_format}: only raw images can be used yet")
+    read_only = kv.flag("readonly", media is Media.CDROM) or media is Media.CDROM
+    bus, unit = kv.take("bus"), kv.number("unit", 0, 0, 1)
+    if bus not in (None, "0", "1"):
+        raise UsageError(f"-drive bus={bus}: choose 0 or 1")
+    given = kv.number("index", -1, 0, 3)
+    ident = kv.take("id")
+    serial = kv.take("serial") or ""
+    kv.ignore("cache", "aio", "discard", "werror", "rerror", "detect-zeroes", "copy-on-read")
+    if kv.flag("snapshot"):
+        raise UsageError("-drive snapshot=on is not there yet")
+    kv.done(DRIVE_PROPERTIES)
+    if media is Media.DISK and file is None:
+        raise UsageError("-drive media=disk needs file=")
+    if interface == "none":
+        if not ident:
+            raise UsageError("-drive if=none needs id=")
+        s.loose[ident] = Drive(id=ident, index=0, media=media, file=file, read_only=read_only, serial=serial)
+        return
+    index = given if given >= 0 else int(bus) * 2 + unit if bus is not None else _free_index(s)
+    letter = "cd" if media is Media.CDROM else "hd"
+    ident = ident or f"ide{index // 2}-{letter}{index % 2}"
+    _add_drive(s, Drive(id=ident, index=index, media=media, file=file, read_only=read_only, serial=serial))
+
+
+def device(s: Settings, value: str) -> None:
+    kv = KeyValues("device", value, implied="driver")
+    driver = kv.need("driver")
+    if driver == "isa-debug-exit":
+        s.debug_exit = DebugExit(kv.number("iobase", 0x501, 0, 0xFFFF), kv.number("iosize", 2, 1, 4))
+        kv.ignore("id")
+        kv.done(("iobase", "iosize"))
+    elif driver in ("ide-cd", "ide-hd"):
+        _ide_device(s, kv, Media.CDROM if driver == "ide-cd" else Media.DISK)
+    elif driver in ("VGA", "std"):
+        s.vga = True
+    elif any(word in driver for word in ("net", "e1000", "rtl8139")):
+        raise UsageError(f"-device {driver}: {NO_NETWORK}")
+    else:
+        known = ("isa-debug-exit", "ide-cd", "ide-hd", "VGA")
+        raise UsageError(
+            f"-device {driver} is not known; the nearest known one is {options.nearest(driver, known)}"
+        )
+
+
+def _ide_device(s: Settings, kv: KeyValues, media: Media) -> None:
+    source = kv.take("drive")
+    loose = s.loose.pop(source, None) if source else None
+    if source and loose is None:
+        raise UsageError(f"-device drive={source}: there is no -drive if=none,id={source} before it")
+    if loose is None and media is Media.DISK:
+        raise UsageError("-device ide-hd needs drive=")
+    bus = kv.take("bus")
+    unit = kv.number("unit", 0, 0, 1)
+    if bus is not None and bus not in ("ide.0", "ide.1"):
+        raise UsageError(f"-device bus={bus}: choose ide.0 or ide.1")
+    index = int(bus[-1]) * 2 + unit if bus else _free_index(s)
+    ident = kv.take("id") or (loose.id if loose else f"ide{index // 2}-cd{index % 2}")
+    serial = kv.take("serial") or (loose.serial if loose else "")
+    kv.ignore("bootindex", "model", "ver", "wwn")
+    kv.done(("drive", "bus", "unit", "id", "serial"))
+    _add_drive(
+        s,
+        Drive(
+            id=ident,
+            index=index,
+            media=media,
+            file=loose.file if loose else None,
+            read_only=loose.read_only if loose else media is Media.CDROM,
+            serial=serial,
+        ),
+    )
