@@ -83,7 +83,7 @@ def build(machine: Machine) -> Tables:
     blob.data += struct.pack("<4sI", b"FACS", 64) + bytes(56)
     facs = 0
     dsdt = blob.add(b"DSDT", 1, dsdt_body(machine))
-    fadt = blob.add(b"FACP", 3, fadt_body())
+    fadt = blob.add(b"FACP", 3, fadt_body(machine.vga))
     blob.point(fadt + 36, facs)
     blob.point(fadt + 40, dsdt)
     tables = [fadt, blob.add(b"APIC", 1, madt_body(machine.vcpus)), blob.add(b"HPET", 1, hpet_body())]
@@ -98,14 +98,14 @@ def _register(space: int, bits: int, address: int, access: int = 0) -> bytes:
     return struct.pack("<BBBBQ", space, bits, 0, access, address)
 
 
-def fadt_body() -> bytes:
+def fadt_body(vga: bool) -> bytes:
     """FADT revision 3 (5.2.9). SMI_CMD is 0: the machine is always in ACPI mode."""
     pm1a_event, pm1a_control, pm_timer, gpe0 = PM_BASE, PM_BASE + 4, PM_BASE + 8, PM_BASE + 0xC
     flags = (
         1 << 0 | 1 << 2 | 1 << 5 | 1 << 10
     )  # WBINVD, PROC_C1, SLP_BUTTON is a control method, RESET_REG_SUP
     no_c2, no_c3, century = 0xFFF, 0xFFF, 0x32
-    boot_arch = 0x3  # legacy devices, 8042
+    boot_arch = 0x3 if vga else 0x7  # legacy devices, 8042, no VGA
     body = struct.pack("<IIBBHIBBBB", 0, 0, 0, 0, SCI_IRQ, 0, 0, 0, 0, 0)
     body += struct.pack("<8I", pm1a_event, 0, pm1a_control, 0, 0, pm_timer, gpe0, 0)
     body += struct.pack("<BBBBBBBB", 4, 2, 0, 4, 4, 0, 0, 0)
@@ -139,7 +139,11 @@ def dsdt_body(machine: Machine) -> bytes:
         (
             aml.name("\\_S5_", aml.package(aml.ZERO, aml.ZERO, aml.ZERO, aml.ZERO)),
             aml.scope(
-                "\\_SB", _pci_root(), *(_link(i) for i in range(4)), _processors(machine.vcpus), _hpet()
+                "\\_SB",
+                _pci_root(machine.serials),
+                *(_link(pirq) for pirq in range(4)),
+                _processors(machine.vcpus),
+                _hpet(),
             ),
         )
     )
@@ -163,7 +167,7 @@ def _hpet() -> bytes:
     )
 
 
-def _pci_root() -> bytes:
+def _pci_root(serials: int) -> bytes:
     routes = [
         aml.package(
             aml.integer(slot << 16 | 0xFFFF),
@@ -189,12 +193,13 @@ def _pci_root() -> bytes:
         aml.name("_UID", aml.ZERO),
         aml.name("_CRS", crs),
         aml.name("_PRT", aml.package(*routes)),
-        _isa(),
+        _isa(serials),
     )
 
 
-def _isa() -> bytes:
+def _isa(serials: int) -> bytes:
     """The ISA bridge, its steering registers, and what sits behind it."""
+    ports = ((0x3F8, 4), (0x2F8, 3))[:serials]
     return aml.device(
         "ISA",
         aml.name("_ADR", aml.integer(1 << 16)),
@@ -203,8 +208,10 @@ def _isa() -> bytes:
         _isa_device("KBD", "PNP0303", aml.io(0x60, 1), aml.io(0x64, 1), aml.irq(1)),
         _isa_device("MOU", "PNP0F13", aml.irq(12)),
         _isa_device("RTC", "PNP0B00", aml.io(0x70, 8), aml.irq(8)),
-        _isa_device("COM1", "PNP0501", aml.io(0x3F8, 8), aml.irq(4), uid=1),
-        _isa_device("COM2", "PNP0501", aml.io(0x2F8, 8), aml.irq(3), uid=2),
+        *(
+            _isa_device(f"COM{number}", "PNP0501", aml.io(base, 8), aml.irq(irq), uid=number)
+            for number, (base, irq) in enumerate(ports, 1)
+        ),
     )
 
 

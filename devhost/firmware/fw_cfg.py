@@ -14,6 +14,7 @@ from coordinator.contract.config import Machine, Media
 from coordinator.contract.device import Device, Dma
 from coordinator.contract.registers import Register, RegisterMap
 from coordinator.contract.state import Record
+from devhost.chips.common import U16, U32, Natural
 from devhost.firmware.acpi import Tables
 
 SIGNATURE, ID, UUID, RAM_SIZE, NOGRAPHIC, NB_CPUS = 0x00, 0x01, 0x02, 0x03, 0x04, 0x05
@@ -26,6 +27,9 @@ IRQ0_OVERRIDE, E820 = ARCH_LOCAL | 2, ARCH_LOCAL | 3
 VERSION_TRADITIONAL, VERSION_DMA = 1, 2
 DMA_SIGNATURE = 0x51454D5520434647  # "QEMU CFG"
 DMA_ERROR, DMA_READ, DMA_SKIP, DMA_SELECT, DMA_WRITE = 1, 2, 4, 8, 16
+#: bytes copied at once
+PIECE = 1 << 16
+LAST_ADDRESS = (1 << 64) - 1
 
 FILE_NAME = 56
 LOW_RAM_LIMIT = 0xC000_0000
@@ -34,10 +38,10 @@ LOADER_NAME = 56
 
 
 class FwCfgRecord(Record, frozen=True, kw_only=True):
-    kind = "fw_cfg"
-    key: int
-    offset: int
-    dma_high: int
+    kind: ClassVar[str] = "fw_cfg"
+    key: U16
+    offset: Natural
+    dma_high: U32
 
 
 class FwCfg(Device):
@@ -76,9 +80,8 @@ class FwCfg(Device):
 
     def _take(self, length: int) -> bytes:
         """The next bytes of the selected item; zeros past its end."""
-        item = self.items.get(self.key, b"")
-        data = item[self.offset : self.offset + length]
-        self.offset += length
+        data = self.items.get(self.key, b"")[self.offset : self.offset + length]
+        self.offset += len(data)
         return data.ljust(length, b"\0")
 
     def read(self, offset: int, width: int, range_name: str = "main") -> int:
@@ -118,17 +121,13 @@ class FwCfg(Device):
         elif control & DMA_WRITE:
             error = DMA_ERROR
         elif control & DMA_SKIP:
-            self.offset += length
+            self.offset = min(self.offset + length, len(self.items.get(self.key, b"")))
         self._dma.write(descriptor, struct.pack(">I", error))
 
     def _copy_out(self, address: int, length: int) -> None:
         """Item bytes, then zeros; in pieces, since ``length`` is the guest's word."""
-        piece = 1 << 16
-        item = self.items.get(self.key, b"")
-        while length > 0:
-            size = min(piece, length)
-            if self.offset >= len(item) and size == piece and self._dma.span(address, size) is None:
-                return  # a length beyond item and RAM: nothing more to be seen
+        while length > 0 and address <= LAST_ADDRESS:
+            size = min(PIECE, length, LAST_ADDRESS + 1 - address)
             self._dma.write(address, self._take(size))
             address, length = address + size, length - size
 
