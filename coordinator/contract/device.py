@@ -93,7 +93,8 @@ class Device(ABC):
         """The guest writes."""
 
     def peek(self, offset: int, range_name: str = "main") -> int | None:
-        """Value of a SHADOW register, without side effects. None: a read has an effect now, so it is to be a round trip."""
+        """Value of a SHADOW register, without side effects. None: a read has an effect now, so it is to be
+        a round trip."""
         raise NotImplementedError(f"{self.kind} declares a shadow register but has no peek")
 
     def read_string(self, offset: int, width: int, count: int, range_name: str = "main") -> bytes:
@@ -113,13 +114,14 @@ class Device(ABC):
     @abstractmethod
     def reset(self, hard: bool = True) -> None: ...
 
-    def pause(self) -> None:
+    def pause(self) -> None:  # noqa: B027 - most devices need none
         """Stop producing work; the default is for devices that never do any by themselves."""
 
     def paused(self) -> bool:
         return True
 
-    def resume(self) -> None: ...
+    def resume(self) -> None:  # noqa: B027
+        """Undo ``pause``."""
 
     @abstractmethod
     def save(self) -> Record: ...

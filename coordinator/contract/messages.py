@@ -27,7 +27,7 @@ SPACE_INTA = 2
 
 # ---- bus ----------------------------------------------------------------------------------------
 class BusRequest(msgspec.Struct, frozen=True, tag="req", array_like=True):
-    """A sync access, see ``struct io_request``. ``data`` is width * count bytes for writes, empty for reads."""
+    """A sync access, see ``struct io_request``. ``data``: width * count bytes for writes, else empty."""
 
     serial: int
     vcpu: int
@@ -122,7 +122,7 @@ class Screen(Command, frozen=True, tag="screen"):
 
 
 class OpenTray(Command, frozen=True, tag="opentray"):
-    """Device host. ``force`` overrides the guest's lock; else a locked tray asks the guest (eject request)."""
+    """Device host. ``force`` overrides the guest's lock; else a locked tray asks the guest to eject."""
 
     drive: str
     force: bool = False
@@ -159,8 +159,25 @@ class QueryDrives(Command, frozen=True, tag="querydrives"):
 
 
 AnyCommand = (
-    Run | Stop | Reset | LoadCpu | Quit | Translate | InjectNmi | DescribeChip | PowerButton | SendKeys | SerialInput | Screen
-    | OpenTray | CloseTray | InsertMedium | OpenExport | CloseExport | QueryExports | QueryDrives
+    Run
+    | Stop
+    | Reset
+    | LoadCpu
+    | Quit
+    | Translate
+    | InjectNmi
+    | DescribeChip
+    | PowerButton
+    | SendKeys
+    | SerialInput
+    | Screen
+    | OpenTray
+    | CloseTray
+    | InsertMedium
+    | OpenExport
+    | CloseExport
+    | QueryExports
+    | QueryDrives
 )
 
 
@@ -223,7 +240,9 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     error: str
 
 
-AnyNotice = Hello | Answer | GuestReset | GuestShutdown | SerialOutput | DebugOutput | TraceLines | TrayMoved | Failed
+AnyNotice = (
+    Hello | Answer | GuestReset | GuestShutdown | SerialOutput | DebugOutput | TraceLines | TrayMoved | Failed
+)
 
 commands: Codec[AnyCommand] = Codec(AnyCommand)
 notices: Codec[AnyNotice] = Codec(AnyNotice)

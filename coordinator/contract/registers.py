@@ -53,8 +53,8 @@ class Register:
     read: Access = Access.SYNC
     write: Access = Access.SYNC
     hazard: str | None = None
-    #: reads give what was last written and writing has no further effect: a posted write of the value that the
-    #: shadow holds already marks no hazard
+    #: reads give what was last written and writing has no further effect: a posted write of the value that
+    #: the shadow holds already marks no hazard
     plain: bool = False
     #: time register: name of the device's time source, and bytes into its value
     time_source: str | None = None

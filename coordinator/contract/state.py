@@ -47,7 +47,9 @@ def unpack(blob: bytes, record_type: type[R]) -> R:
     if envelope.kind != record_type.kind:
         raise RecordError(f"record of {envelope.kind!r} where {record_type.kind!r} is wanted")
     if envelope.version != record_type.version:
-        raise RecordError(f"record of {envelope.kind}: version {envelope.version}, this build knows {record_type.version}")
+        raise RecordError(
+            f"record of {envelope.kind}: version {envelope.version}, this build knows {record_type.version}"
+        )
     try:
         return msgspec.msgpack.decode(envelope.data, type=record_type)
     except msgspec.MsgspecError as error:

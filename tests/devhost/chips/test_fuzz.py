@@ -102,8 +102,8 @@ def step(board: Board, device: Device, what: tuple[str, int, int, int]) -> Any:
     if kind == "read":
         shown = None
         if register.read is Access.SHADOW and offset == register.offset and width in register.widths:
-            value = device.peek(offset, name)
-            shown = None if value is None else value & (1 << 8 * width) - 1
+            peeked = device.peek(offset, name)
+            shown = None if peeked is None else peeked & (1 << 8 * width) - 1
         got = device.read(offset, width, name)
         assert 0 <= got < 1 << 8 * width
         assert shown in (None, got)
