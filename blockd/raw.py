@@ -5,38 +5,27 @@ System calls: preadv2(2), pwritev2(2), fallocate(2), lseek(2) with SEEK_DATA, po
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import fcntl
 import logging
 import os
 import stat
 from collections.abc import Iterator
 
+from blockd.hostfile import (
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    FALLOC_FL_ZERO_RANGE,
+    open_file,
+)
+from blockd.hostfile import fallocate as _fallocate
 from blockd.image import Buffer, Extent, Image
 from blockd.locks import lock_image
 from coordinator.contract.errors import BlockError
 
 log = logging.getLogger(__name__)
 
-#: linux/falloc.h
-FALLOC_FL_KEEP_SIZE = 0x01
-FALLOC_FL_PUNCH_HOLE = 0x02
-FALLOC_FL_ZERO_RANGE = 0x10
-
 #: source of zeroes where the file system cannot make them
 _ZEROES = memoryview(bytes(1 << 20))
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-
-
-def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    """fallocate(2), which the os module has without its mode."""
-    while _libc.fallocate(fd, mode, offset, length) != 0:
-        number = ctypes.get_errno()
-        if number != errno.EINTR:
-            raise OSError(number, os.strerror(number))
 
 
 class RawImage(Image):
@@ -52,7 +41,7 @@ class RawImage(Image):
         """Open and lock; BlockError in one line when that cannot be."""
         self.file = file
         self.read_only = read_only
-        self._fd = _open(file, read_only)
+        self._fd = open_file(file, read_only)
         try:
             self._stored = _stored_size(self._fd, file)
             rest = self._stored % granularity
@@ -143,22 +132,6 @@ class RawImage(Image):
 
     def close(self) -> None:
         os.close(self._fd)
-
-
-def _open(file: str, read_only: bool) -> int:
-    """A descriptor; O_NONBLOCK so that a FIFO does not hang, and is refused afterwards."""
-    access = os.O_RDONLY if read_only else os.O_RDWR
-    try:
-        fd = os.open(file, access | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        text = f"{file}: cannot be opened: {os.strerror(error.errno or 0)}"
-        if not read_only and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            text += " (for writing; readonly=on asks for less)"
-        raise BlockError(text, error.errno or errno.EIO) from None
-    except ValueError:
-        raise BlockError(f"{file!r}: is no file name", errno.EINVAL) from None
-    fcntl.fcntl(fd, fcntl.F_SETFL, access)
-    return fd
 
 
 def _stored_size(fd: int, file: str) -> int:

@@ -1,0 +1,88 @@
+"""Persistent dirty bitmaps: their directory and tables.
+
+Source: "Qcow2 Image File Format", sections "Bitmaps extension" and "Bitmaps".
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from blockd.hostfile import HostFile
+from blockd.qcow2.header import ExtensionType, Header
+from coordinator.contract.errors import BlockError
+
+_EXTENSION = struct.Struct(">IIQQ")
+#: table offset and entries, flags, type, granularity, length of name, extra data
+_ENTRY = struct.Struct(">QIIBBHI")
+MAX_BITMAPS, MAX_DIRECTORY, MAX_TABLE_ENTRIES = 65535, 64 << 20, 4 << 20
+IN_USE, AUTO = 1, 2
+_TABLE_OFFSET = np.uint64(0x00FFFFFFFFFFFE00)
+
+
+@dataclass
+class Bitmap:
+    """One entry of the bitmap directory."""
+
+    name: str
+    table_offset: int
+    table_size: int
+    flags: int
+    granularity_bits: int
+
+
+def load(host: HostFile, header: Header) -> list[Bitmap]:
+    """The bitmaps of an image; BlockError when the directory cannot be one."""
+    extension = header.extension(ExtensionType.BITMAPS)
+    if extension is None:
+        return []
+
+    def refuse(what: str) -> BlockError:
+        return BlockError(f"{host.file}: bitmap directory: {what}", errno.EINVAL)
+
+    if len(extension) < _EXTENSION.size:
+        raise refuse("its extension is cut short")
+    count, _, size, offset = _EXTENSION.unpack_from(extension)
+    if (
+        count > MAX_BITMAPS
+        or size > MAX_DIRECTORY
+        or offset % header.cluster_size
+        or offset + size > host.size()
+    ):
+        raise refuse(f"{count} bitmaps in {size} bytes at {offset:#x} are not possible")
+    data = host.read(offset, size)
+    result, at = [], 0
+    for _ in range(count):
+        if at + _ENTRY.size > size:
+            raise refuse("is cut short")
+        table, entries, flags, _, granularity, name_length, extra = _ENTRY.unpack_from(data, at)
+        name_at = at + _ENTRY.size + extra
+        if name_at + name_length > size or entries > MAX_TABLE_ENTRIES or table % header.cluster_size:
+            raise refuse("has an impossible entry")
+        name = data[name_at : name_at + name_length].decode("utf-8", "replace")
+        result.append(Bitmap(name, table, entries, flags, granularity))
+        at = (name_at + name_length + 7) & ~7
+    return result
+
+
+def bitmap_clusters(host: HostFile, header: Header) -> npt.NDArray[np.int64]:
+    """The host clusters that bitmaps, their tables and their directory lie in."""
+    extension = header.extension(ExtensionType.BITMAPS)
+    if extension is None:
+        return np.zeros(0, np.int64)
+    bits = header.cluster_bits
+    known = load(host, header)
+    _, _, size, offset = _EXTENSION.unpack_from(extension)
+    found = [np.arange(offset >> bits, (offset + size + header.cluster_size - 1) >> bits)]
+    for bitmap in known:
+        length = bitmap.table_size * 8
+        first = bitmap.table_offset >> bits
+        found.append(np.arange(first, first + ((length + header.cluster_size - 1) >> bits)))
+        table = np.frombuffer(host.read(bitmap.table_offset, length), ">u8").astype(np.uint64)
+        offsets = table & _TABLE_OFFSET
+        found.append((offsets[offsets != 0] >> np.uint64(bits)).astype(np.int64))
+    return np.concatenate(found).astype(np.int64)

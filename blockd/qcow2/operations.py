@@ -1,0 +1,111 @@
+"""What is done to a whole image while it is open: snapshots and resizing.
+
+Source: "Qcow2 Image File Format", section "Snapshots".
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from blockd.qcow2 import snapshots
+from blockd.qcow2.header import MAX_SNAPSHOTS
+from blockd.qcow2.snapshots import Snapshot
+from blockd.qcow2.switch import switch
+from blockd.qcow2.tables import Entries
+from blockd.qcow2.walk import read_l1
+
+if TYPE_CHECKING:
+    from blockd.qcow2.image import Qcow2Image
+
+
+@contextmanager
+def at_rest(image: Qcow2Image) -> Iterator[None]:
+    """Nothing moves, is reserved or waits to be freed, and nothing can begin."""
+    with image.flushing, image.lock:
+        image.drain()
+        image.refcounts.give_back_reserved()
+        image.flush()
+        yield
+
+
+def create(image: Qcow2Image, name: str, now: float | None = None) -> Snapshot:
+    """Keep the state of the disk under a name."""
+    now = time.time() if now is None else now
+    with at_rest(image):
+        known = snapshots.load(image.host, image.header)
+        if len(known) >= MAX_SNAPSHOTS:
+            raise OSError(errno.EFBIG, f"{image.file}: has {MAX_SNAPSHOTS} snapshots already")
+        ident = str(max((int(s.id) for s in known if s.id.isdecimal()), default=0) + 1)
+        header = image.header
+        made = Snapshot(
+            header.l1_table_offset,
+            header.l1_size,
+            ident,
+            name,
+            int(now),
+            int(now % 1 * 1e9),
+            0,
+            0,
+            header.size,
+        )
+        switch(image, image.mapping.l1, header.size, [*known, made])
+        return made
+
+
+def apply(image: Qcow2Image, wanted: str) -> None:
+    """Make the disk what it was."""
+    with at_rest(image):
+        known = snapshots.load(image.host, image.header)
+        snapshot = snapshots.find(image.file, known, wanted)
+        l1 = read_l1(image, snapshot.l1_table_offset, snapshot.l1_size)
+        switch(image, l1, snapshot.disk_size, known)
+
+
+def delete(image: Qcow2Image, wanted: str) -> None:
+    """Forget a snapshot."""
+    with at_rest(image):
+        known = snapshots.load(image.host, image.header)
+        gone = snapshots.find(image.file, known, wanted)
+        switch(image, image.mapping.l1, image.header.size, [s for s in known if s is not gone])
+
+
+def resize(image: Qcow2Image, size: int) -> None:
+    """Give the disk another size, a multiple of 512 bytes: new bytes are zero, lost ones are lost."""
+    with at_rest(image):
+        header = image.header
+        if size == header.size:
+            return
+        old = header.size
+        entries = max(1, header.l1_entries_for(size))
+        l1: Entries = np.zeros(entries, np.uint64)
+        kept = min(entries, len(image.mapping.l1))
+        if size < old:
+            _cut(image, size)
+        l1[:kept] = image.mapping.l1[:kept]
+        switch(image, l1, size, snapshots.load(image.host, header))
+        if size > old:
+            _hide_below(image, old, size)
+
+
+def _cut(image: Qcow2Image, size: int) -> None:
+    """Give up the clusters behind a new end that share an L2 table with it; what is left of the last
+    cluster becomes zero, so that it is zero when the disk grows again."""
+    header = image.header
+    covered = header.cluster_size << image.mapping.layout.l2_bits
+    stop = min(header.size, -(-size // covered) * covered)
+    if stop > size:
+        image.write_zeroes(size, stop - size, unmap=True, fast=False)
+        image.refcounts.give_back_reserved()
+        image.flush()
+
+
+def _hide_below(image: Qcow2Image, old: int, size: int) -> None:
+    """Where the backing file is longer than the disk was, its bytes must not come to light."""
+    if image.backing is not None and image.backing.size > old:
+        image.write_zeroes(old, min(size, image.backing.size) - old, unmap=True, fast=False)

@@ -1,0 +1,261 @@
+"""From guest clusters to host clusters: the L1 table, L2 tables and their bounded cache.
+
+Source: "Qcow2 Image File Format", section "Cluster mapping".
+
+Tables are written through: an entry is in the kernel before it is in the cache, and when a write
+fails the table is read again, for nobody knows what it left. So the cache may be dropped at any time.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import OrderedDict
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from blockd.hostfile import HostFile
+from blockd.qcow2.header import Header
+from blockd.qcow2.refcounts import Clusters, Refcounts
+
+Entries = npt.NDArray[np.uint64]
+
+COPIED = 1 << 63
+COMPRESSED = 1 << 62
+ZERO = 1
+OFFSET = 0x00FFFFFFFFFFFE00  # bits 9 to 55
+#: bits that must be 0 in an L1 entry and in the entry of a standard cluster
+L1_RESERVED = ~(COPIED | OFFSET) & (1 << 64) - 1
+L2_RESERVED = ~(COPIED | OFFSET | ZERO) & (1 << 64) - 1
+
+#: kinds of clusters
+UNALLOCATED, ZEROES, DATA, PACKED = range(4)
+
+#: bytes of L2 tables kept: enough for 256 GiB of 64 KiB clusters
+CACHE_BYTES = 32 << 20
+
+_COPIED, _COMPRESSED, _ZERO = np.uint64(COPIED), np.uint64(COMPRESSED), np.uint64(ZERO)
+_OFFSET, _L1_RESERVED, _L2_RESERVED = np.uint64(OFFSET), np.uint64(L1_RESERVED), np.uint64(L2_RESERVED)
+
+
+class Run(NamedTuple):
+    """Guest clusters of one kind in a row; those of data lie in a row in the host, too."""
+
+    kind: int
+    first: int
+    clusters: int
+    #: the first one's entry
+    entry: int
+
+
+class L2Table:
+    """One L2 table in memory: as an array, and as a view of it that is quick for single entries."""
+
+    __slots__ = ("entries", "offset", "view")
+
+    def __init__(self, offset: int, entries: Entries) -> None:
+        self.offset = offset
+        self.entries = entries
+        self.view = memoryview(entries)  # type: ignore[arg-type]
+
+
+def kinds(entries: Entries, version: int) -> npt.NDArray[np.int8]:
+    """The kind of each entry."""
+    result = np.where(entries & _OFFSET != 0, DATA, UNALLOCATED).astype(np.int8)
+    if version >= 3:
+        result[entries & _ZERO != 0] = ZEROES
+    result[entries & _COMPRESSED != 0] = PACKED
+    return result
+
+
+class Layout:
+    """Widths that follow from the cluster size."""
+
+    def __init__(self, header: Header) -> None:
+        self.bits = header.cluster_bits
+        self.size = header.cluster_size
+        self.version = header.version
+        self.l2_bits = header.cluster_bits - 3
+        self.l2_entries = 1 << self.l2_bits
+        # "Compressed Clusters Descriptor"
+        self.packed_shift = 62 - (header.cluster_bits - 8)
+        self.packed_offset_mask = (1 << self.packed_shift) - 1
+        self.packed_sectors_mask = (1 << (header.cluster_bits - 8)) - 1
+
+    def packed(self, entry: int) -> tuple[int, int]:
+        """(host offset, bytes that may belong to it) of a compressed cluster."""
+        offset = entry & self.packed_offset_mask
+        sectors = (entry >> self.packed_shift & self.packed_sectors_mask) + 1
+        return offset, sectors * 512 - (offset & 511)
+
+    def packed_clusters(self, entries: Entries) -> Clusters:
+        """The host clusters that compressed clusters lie in, one named once for each."""
+        offsets = (entries & np.uint64(self.packed_offset_mask)).astype(np.int64)
+        sectors = (entries >> np.uint64(self.packed_shift) & np.uint64(self.packed_sectors_mask)).astype(
+            np.int64
+        )
+        first = offsets >> self.bits
+        last = ((offsets & ~511) + (sectors + 1) * 512 - 1) >> self.bits
+        return np.concatenate((first, last[last != first]))
+
+    def clusters_of(self, entries: Entries) -> Clusters:
+        """The host clusters, sorted, that entries of an L2 table count for, as often as they do."""
+        packed = entries & _COMPRESSED != 0
+        standard = entries[~packed] & _OFFSET
+        result = self.packed_clusters(entries[packed])
+        result = np.concatenate((result, (standard[standard != 0] >> np.uint64(self.bits)).astype(np.int64)))
+        result.sort()
+        return result
+
+
+class Mapping:
+    """The active tables of an open image. Callers hold the image's lock."""
+
+    def __init__(self, file: HostFile, header: Header, refcounts: Refcounts) -> None:
+        self._file = file
+        self._header = header
+        self._refcounts = refcounts
+        self.layout = Layout(header)
+        self._cache: OrderedDict[int, L2Table] = OrderedDict()
+        self._cached_tables = max(4, CACHE_BYTES >> header.cluster_bits)
+        self.reload()
+
+    def reload(self) -> None:
+        """Read the L1 table again: it has been replaced."""
+        raw = self._file.read(self._header.l1_table_offset, 8 * self._header.l1_size)
+        self.l1: Entries = np.frombuffer(raw, ">u8").astype(np.uint64)
+        self._cache.clear()
+
+    # ---- reading ---------------------------------------------------------------------------------
+    def table(self, index: int) -> L2Table | None:
+        """The L2 table of an L1 entry, or None where there is none; EIO where it cannot be one."""
+        found = self._cache.get(index)
+        if found is not None:
+            self._cache.move_to_end(index)
+            return found
+        entry = int(self.l1[index])
+        offset = entry & OFFSET
+        if not offset:
+            return None
+        if (
+            entry & L1_RESERVED
+            or offset & (self.layout.size - 1)
+            or self._points_at_tables(np.array([offset], np.uint64))
+        ):
+            raise self._damaged(f"L1 entry {index} ({entry:#018x}) is not possible")
+        raw = self._file.read(offset, self.layout.size)
+        table = L2Table(offset, np.frombuffer(raw, ">u8").astype(np.uint64))
+        self._check(index, table)
+        self._keep(index, table)
+        return table
+
+    def _keep(self, index: int, table: L2Table) -> None:
+        self._cache[index] = table
+        if len(self._cache) > self._cached_tables:
+            self._cache.popitem(last=False)
+
+    def _check(self, index: int, table: L2Table) -> None:
+        """Nothing in a table may point into metadata: a write there would destroy the image."""
+        entries = table.entries
+        standard = entries[entries & _COMPRESSED == 0]
+        offsets = standard & _OFFSET
+        bad = (offsets & np.uint64(self.layout.size - 1) != 0) | (standard & _L2_RESERVED != 0)
+        if self.layout.version < 3:
+            bad |= standard & _ZERO != 0
+        bad |= (offsets == 0) & (standard & _COPIED != 0)
+        if not self._file.read_only:
+            used = np.unique(offsets[offsets != 0])
+            tables = self.l1 & _OFFSET
+            if len(used) and (np.isin(used, tables).any() or self._points_at_tables(used)):
+                raise self._damaged(f"L2 table {index} points at metadata")
+        if bad.any():
+            raise self._damaged(f"L2 table {index} has the impossible entry {int(standard[bad][0]):#018x}")
+
+    def _points_at_tables(self, used: Entries) -> bool:
+        header, size = self._header, self.layout.size
+        areas = (
+            (header.l1_table_offset, header.l1_size * 8),
+            (header.refcount_table_offset, header.refcount_table_clusters * size),
+        )
+        for start, length in areas:
+            inside = (used >= np.uint64(start)) & (used < np.uint64(start + length))
+            if inside.any():
+                return True
+        blocks = self._refcounts.table
+        return bool(np.isin(used, blocks[blocks != 0]).any())
+
+    def runs(self, table: L2Table, first: int, count: int) -> list[Run]:
+        """What entries ``first`` to ``first + count`` mean."""
+        entries = table.entries[first : first + count]
+        if count == 1:
+            entry = table.view[first]
+            return [Run(self.kind(entry), first, 1, entry)]
+        found = kinds(entries, self.layout.version)
+        edges = found[1:] != found[:-1]
+        both_data = (found[1:] == DATA) & ~edges
+        if both_data.any():
+            offsets = entries & (_OFFSET | _COPIED)
+            edges |= both_data & (offsets[1:] - offsets[:-1] != np.uint64(self.layout.size))
+        edges |= found[1:] == PACKED
+        starts = [0, *(np.flatnonzero(edges) + 1).tolist(), count]
+        return [
+            Run(int(found[at]), first + at, end - at, int(entries[at]))
+            for at, end in zip(starts, starts[1:], strict=False)
+        ]
+
+    def kind(self, entry: int) -> int:
+        if entry & COMPRESSED:
+            return PACKED
+        if entry & ZERO and self.layout.version >= 3:
+            return ZEROES
+        return DATA if entry & OFFSET else UNALLOCATED
+
+    # ---- changing --------------------------------------------------------------------------------
+    def writable_table(self, index: int) -> tuple[L2Table, int | None]:
+        """The L2 table of an L1 entry, made or copied where it does not belong to the active L1 table
+        alone; and the cluster of the one that it replaces."""
+        entry = int(self.l1[index])
+        old = self.table(index)
+        if old is not None and entry & COPIED:
+            return old, None
+        cluster, _ = self._refcounts.take(1)
+        offset = cluster << self.layout.bits
+        if old is None:
+            entries = np.zeros(self.layout.l2_entries, np.uint64)
+        else:
+            entries = old.entries & ~_COPIED
+            self._file.write(offset, entries.astype(">u8").tobytes())
+            self._file.sync()
+        at = self._header.l1_table_offset + 8 * index
+        try:
+            self._file.write(at, (offset | COPIED).to_bytes(8, "big"))
+        except OSError:
+            self._cache.pop(index, None)
+            self.l1[index] = int.from_bytes(self._file.read(at, 8), "big")
+            raise
+        self.l1[index] = offset | COPIED
+        table = L2Table(offset, entries)
+        self._keep(index, table)
+        return table, None if old is None else old.offset >> self.layout.bits
+
+    def store(self, index: int, table: L2Table, first: int, entries: Entries) -> None:
+        """Write entries from ``first`` on; the table must be ``writable_table``'s."""
+        try:
+            self._file.write(table.offset + 8 * first, entries.astype(">u8").tobytes())
+        except OSError:
+            self._cache.pop(index, None)
+            raise
+        table.entries[first : first + len(entries)] = entries
+
+    def store_one(self, index: int, table: L2Table, at: int, entry: int) -> None:
+        """The same for one entry."""
+        try:
+            self._file.write(table.offset + 8 * at, entry.to_bytes(8, "big"))
+        except OSError:
+            self._cache.pop(index, None)
+            raise
+        table.view[at] = entry
+
+    def _damaged(self, what: str) -> OSError:
+        return OSError(errno.EIO, f"{self._file.file}: {what}; check the image")

@@ -1,0 +1,276 @@
+"""Changing the content of a qcow2 image: writes, zeroes, discards, compressed clusters.
+
+Order, so that a killed process leaves nothing worse than leaks, and loss of power neither:
+a cluster's refcount (see refcounts.py), its data, the L2 entry; the cluster that it replaces is counted
+down after the next flush. Where a new cluster takes over older data (from a backing file, a snapshot, a
+compressed cluster), that data is made durable before the entry, since it may have been flushed once.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from blockd.qcow2.tables import (
+    COMPRESSED,
+    COPIED,
+    DATA,
+    OFFSET,
+    PACKED,
+    UNALLOCATED,
+    ZERO,
+    Entries,
+    L2Table,
+    Run,
+)
+
+if TYPE_CHECKING:
+    from blockd.qcow2.image import Qcow2Image
+
+_ZEROES = memoryview(bytes(1 << 20))
+
+
+class Writer:
+    """What changes an image; one per image."""
+
+    def __init__(self, image: Qcow2Image) -> None:
+        self._image = image
+        self._bits = image.header.cluster_bits
+        self._size = image.header.cluster_size
+        self._table_bits = image.mapping.layout.l2_bits
+        #: where the next compressed cluster may go: behind the last one, in its host cluster
+        self._packed_at = 0
+
+    # ---- data ------------------------------------------------------------------------------------
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write all of ``data``: it, and what points to it, is in the kernel afterwards."""
+        image = self._image
+        bits, size, mapping = self._bits, self._size, image.mapping
+        end = offset + len(data)
+        in_place: list[tuple[int, int, int]] = []
+        at = offset
+        with image.lock:
+            while at < end:
+                cluster = at >> bits
+                first = cluster & ((1 << self._table_bits) - 1)
+                count = min(((end - 1) >> bits) - cluster + 1, (1 << self._table_bits) - first)
+                index = cluster >> self._table_bits
+                base = (index << self._table_bits) << bits
+                table = self._writable(index)
+                for run in mapping.runs(table, first, count):
+                    start = max(offset, base + (run.first << bits))
+                    stop = min(end, base + ((run.first + run.clusters) << bits))
+                    if run.kind == DATA and run.entry & COPIED:
+                        host = (run.entry & OFFSET) + (start & (size - 1))
+                        in_place.append((host, start - offset, stop - offset))
+                    else:
+                        part = data[start - offset : stop - offset]
+                        self._allocate(index, table, run, start, part)
+                at = base + ((first + count) << bits)
+            if not in_place:
+                return
+            epoch = image.enter()
+        try:
+            for host, low, high in in_place:
+                image.host.write(host, data[low:high])
+        finally:
+            image.leave(epoch)
+
+    def _writable(self, index: int) -> L2Table:
+        table, replaced = self._image.mapping.writable_table(index)
+        if replaced is not None:
+            self._image.condemn(np.array([replaced], np.int64))
+        return table
+
+    def _allocate(self, index: int, table: L2Table, run: Run, offset: int, data: memoryview) -> None:
+        """Give clusters of a run that cannot be written in place new ones, with ``data`` in them; it
+        begins in the first of them and ends in the last."""
+        image, bits, size = self._image, self._bits, self._size
+        end = offset + len(data)
+        guest = ((index << self._table_bits) + run.first) << bits
+        done = 0
+        while done < run.clusters:
+            host_cluster, count = image.refcounts.take(run.clusters - done)
+            host = host_cluster << bits
+            start, stop = guest + (done << bits), guest + ((done + count) << bits)
+            low, high = max(start, offset), min(stop, end)
+            old = table.entries[run.first + done : run.first + done + count].copy()
+            try:
+                before = self._background(start, low - start, int(old[0]), 0)
+                behind = self._background(high, stop - high, int(old[-1]), high & (size - 1))
+                whole = data[low - offset : high - offset]
+                if before is None and behind is None:
+                    image.host.write(host + (low - start), whole)
+                else:
+                    head = before if before is not None else bytes(low - start)
+                    image.host.write(host, b"".join((head, whole, behind or b"")))
+                    image.host.sync()
+            except OSError:
+                # nothing points there: it is free again, once it has been zeroed
+                image.condemn(np.arange(host_cluster, host_cluster + count))
+                raise
+            if count == 1:
+                image.mapping.store_one(index, table, run.first + done, host | COPIED)
+            else:
+                entries = (np.arange(count, dtype=np.uint64) << np.uint64(bits)) + np.uint64(host | COPIED)
+                image.mapping.store(index, table, run.first + done, entries)
+            self._condemn_entries(old)
+            done += count
+
+    def _background(self, offset: int, length: int, entry: int, inside: int) -> bytes | None:
+        """What lies at ``offset`` now, in the cluster of ``entry`` from ``inside``; None when it is all
+        zeroes."""
+        if not length:
+            return None
+        image = self._image
+        kind = image.mapping.kind(entry)
+        if kind == DATA:
+            data = image.host.read((entry & OFFSET) + inside, length)
+        elif kind == PACKED:
+            data = image.unpack(entry)[inside : inside + length]
+        elif kind == UNALLOCATED and image.backing is not None and offset < image.backing.size:
+            from blockd.qcow2.image import read_below
+
+            buffer = bytearray(length)
+            read_below(image.backing, offset, memoryview(buffer))
+            data = bytes(buffer)
+        else:
+            return None
+        return data if np.frombuffer(data, np.uint8).any() else None
+
+    def _condemn_entries(self, old: Entries) -> None:
+        if old.any():
+            self._packed_at = 0  # its cluster may be among them
+            self._image.condemn(self._image.mapping.layout.clusters_of(old))
+
+    # ---- zeroes ----------------------------------------------------------------------------------
+    def write_zeroes(self, offset: int, length: int, unmap: bool, fast: bool) -> None:
+        """Make a range zero: whole clusters by their entries, where the version knows zero clusters or
+        nothing lies below; the rest by writing."""
+        image = self._image
+        low, high = self._whole(offset, length)
+        if low >= high:
+            self._zero_part(offset, length)
+            return
+        by_entry = image.header.version >= 3 or image.backing is None
+        if not by_entry and fast:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        self._zero_part(offset, low - offset)
+        if by_entry:
+            self._clear(low, high, ZERO if image.header.version >= 3 else 0, keep=not unmap)
+        else:
+            self._zero_part(low, high - low)
+        self._zero_part(high, offset + length - high)
+
+    def trim(self, offset: int, length: int) -> None:
+        """Give up whole clusters. They read as zeroes afterwards, not as the backing file; where that
+        cannot be said, they stay."""
+        image = self._image
+        low, high = self._whole(offset, length)
+        if low >= high:
+            return
+        if image.backing is None:
+            self._clear(low, high, 0, keep=False)
+        elif image.header.version >= 3:
+            self._clear(low, high, ZERO, keep=False)
+
+    def _whole(self, offset: int, length: int) -> tuple[int, int]:
+        """The whole clusters within a range; the last cluster of the disk may be less than one."""
+        mask = self._size - 1
+        end = offset + length
+        low = (offset + mask) & ~mask
+        high = end if end == self._image.size else end & ~mask
+        return (low, high) if low < high else (offset, offset)
+
+    def _zero_part(self, offset: int, length: int) -> None:
+        """Write zeroes where something else is read."""
+        while length:
+            piece = min(length, len(_ZEROES))
+            for kind, start, size, _ in list(self._image.map(offset, piece)):
+                below = self._image.backing is not None and kind == UNALLOCATED
+                if kind in (DATA, PACKED) or below:
+                    self.write(start, _ZEROES[:size])
+            offset += piece
+            length -= piece
+
+    def _clear(self, low: int, high: int, entry: int, keep: bool) -> None:
+        """Set the entries of whole clusters to ``entry``; with ``keep``, clusters that are written in
+        place stay allocated behind their zero flag."""
+        image, bits, table_bits = self._image, self._bits, self._table_bits
+        mapping = image.mapping
+        cluster, last = low >> bits, (high - 1) >> bits
+        while cluster <= last:
+            index = cluster >> table_bits
+            first = cluster & ((1 << table_bits) - 1)
+            count = min(last - cluster + 1, (1 << table_bits) - first)
+            with image.lock:
+                if mapping.l1[index] & np.uint64(OFFSET) or image.backing is not None:
+                    self._clear_table(index, first, count, entry, keep)
+            cluster += count
+            rest = mapping.l1[cluster >> table_bits : (last >> table_bits) + 1]
+            if image.backing is None and not rest.any():
+                return
+
+    def _clear_table(self, index: int, first: int, count: int, entry: int, keep: bool) -> None:
+        image, mapping = self._image, self._image.mapping
+        table = mapping.table(index)
+        if table is not None:
+            entries = table.entries[first : first + count]
+            if (entries == entry).all() or (image.backing is None and not entries.any()):
+                return
+        table = self._writable(index)
+        old = table.entries[first : first + count].copy()
+        new = np.full(count, entry, np.uint64)
+        if keep and entry == ZERO:
+            kept = (old & np.uint64(COPIED) != 0) & (old & np.uint64(COMPRESSED) == 0)
+            new[kept] = old[kept] | np.uint64(ZERO)
+            given_up = old[~kept]
+        else:
+            given_up = old
+        if image.backing is None:
+            new[old == 0] = 0
+        mapping.store(index, table, first, new)
+        self._condemn_entries(given_up)
+
+    # ---- compressed clusters ---------------------------------------------------------------------
+    def write_packed(self, offset: int, packed: bytes) -> None:
+        """Store a whole cluster that has been compressed to fewer bytes than it has."""
+        image, bits = self._image, self._bits
+        layout = image.mapping.layout
+        with image.lock:
+            host = self._room(len(packed))
+            try:
+                image.host.write(host, packed)
+                image.host.sync()
+            except OSError:
+                self._packed_at = 0
+                raise
+            index = offset >> (bits + self._table_bits)
+            at = (offset >> bits) & ((1 << self._table_bits) - 1)
+            table = self._writable(index)
+            old = table.entries[at : at + 1].copy()
+            sectors = ((host & 511) + len(packed) - 1) >> 9
+            image.mapping.store_one(index, table, at, COMPRESSED | sectors << layout.packed_shift | host)
+            self._condemn_entries(old)
+
+    def _room(self, length: int) -> int:
+        """A host offset with room for so many bytes, counted for: behind the last compressed cluster,
+        or in a new one. Neighbours share host clusters; sectors that the entry names are counted, too."""
+        image, bits = self._image, self._bits
+        refcounts = image.refcounts
+        at = self._packed_at
+        mask = self._size - 1
+        if at & mask:
+            cluster = at >> bits
+            last = (((at & ~511) + ((at & 511) + length + 511) // 512 * 512) - 1) >> bits
+            shared = refcounts.get(cluster) < refcounts.maximum
+            if shared and (last == cluster or refcounts.take_adjacent(cluster + 1)):
+                refcounts.change(np.array([cluster]), 1)
+                self._packed_at = at + length if (at + length - 1) >> bits == last else 0
+                return at
+        cluster, _ = refcounts.take(1)
+        self._packed_at = (cluster << bits) + length
+        return cluster << bits

@@ -1,0 +1,287 @@
+"""Images that were made to do harm: one line of error, nothing read or allocated beyond measure.
+
+Items 13, 14 and 15 of the list of inputs that have broken emulators.
+"""
+
+import errno
+import os
+import random
+import struct
+import tracemalloc
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from blockd.qcow2.backing import Chain
+from blockd.qcow2.check import check
+from blockd.qcow2.compression import decompress
+from blockd.qcow2.image import Qcow2Image
+from coordinator.contract.errors import BlockError
+from tests.blockd.qcow2.support import make, read
+from tests.support.tools import run_tool
+
+
+def patched(file: str, *changes: tuple[int, str, int]) -> str:
+    with open(file, "r+b") as image:
+        for offset, form, value in changes:
+            os.pwrite(image.fileno(), struct.pack(form, value), offset)
+    return file
+
+
+def refusal(file: str, **how: object) -> str:
+    with pytest.raises(BlockError) as caught:
+        Qcow2Image(file, **how).close()  # type: ignore[arg-type]
+    text = str(caught.value)
+    assert "\n" not in text and text.startswith(file)
+    return text
+
+
+HEADERS: list[tuple[int, str, int, str]] = [
+    (100, ">I", 0xFFFFFFFF, "header_length"),
+    (100, ">I", 0x7FFFFFFF, "header_length"),
+    (100, ">I", 96, "header_length"),
+    (116, ">I", 0x7FFFFFFF, "header extension"),
+    (56, ">I", 0xFFFFFFFF, "refcount table"),
+    (56, ">I", 0, "refcount table"),
+    (48, ">Q", 0x10001, "refcount table offset"),
+    (48, ">Q", 1 << 60, "refcount table lies behind"),
+    (40, ">Q", 0x30200, "L1 table offset"),
+    (40, ">Q", 0, "L1 table lies upon the header"),
+    (36, ">I", 0xFFFFFFFF, "L1 table of"),
+    (36, ">I", 0, "L1 table is too small"),
+    (60, ">I", 0xFFFFFFFF, "snapshots"),
+    (60, ">I", 3, "snapshot table"),
+    (16, ">I", 0xFFFFFFFF, "backing file name of"),
+    (20, ">I", 0, "cluster_bits"),
+    (20, ">I", 8, "cluster_bits"),
+    (20, ">I", 22, "cluster_bits"),
+    (20, ">I", 63, "cluster_bits"),
+    (24, ">Q", 1 << 52, "L1 table is too small"),
+    (24, ">Q", 0xFFFFFFFFFFFFFFFF, "disk size"),
+    (32, ">I", 1, "encrypted (AES)"),
+    (32, ">I", 2, "encrypted (LUKS)"),
+    (4, ">I", 4, "version 4"),
+    (0, ">I", 0, "no qcow2 image"),
+    (72, ">Q", 1 << 63, "unknown incompatible feature 63"),
+    (72, ">Q", 1 << 2, "external data file"),
+    (72, ">Q", 1 << 4, "extended L2 entries"),
+    (72, ">Q", 1 << 1, "marked corrupt"),
+    (72, ">Q", 1 << 3, "compression type"),
+    (88, ">Q", 1 << 1, "raw external data"),
+    (96, ">I", 7, "refcount_order"),
+]
+
+
+@pytest.mark.parametrize("at, form, value, told", HEADERS)
+def test_header_fields(tmp_path: Path, at: int, form: str, value: int, told: str) -> None:
+    file = make(tmp_path / "disk.qcow2", 1 << 20)
+    changes = [(at, form, value)]
+    if told.startswith("backing file name"):
+        changes.append((8, ">Q", 1024))
+    assert told in refusal(patched(file, *changes))
+
+
+def test_an_unknown_feature_is_named_as_the_image_names_it(tmp_path: Path) -> None:
+    file = make(tmp_path / "disk.qcow2", 1 << 20)
+    start = 112 + 8
+    with open(file, "r+b") as image:
+        os.pwrite(image.fileno(), struct.pack(">BB46s", 0, 40, b"time travel"), start)
+    assert "time travel" in refusal(patched(file, (72, ">Q", 1 << 40)))
+
+
+def test_a_corrupt_image_can_be_read(tmp_path: Path) -> None:
+    file = patched(make(tmp_path / "disk.qcow2", 1 << 20), (72, ">Q", 2))
+    image = Qcow2Image(file, read_only=True)
+    assert not any(read(image))
+    image.close()
+
+
+@pytest.mark.parametrize("length", [0, 3, 71, 72, 103, 104, 111])
+def test_a_file_that_ends_in_the_header(tmp_path: Path, length: int) -> None:
+    file = make(tmp_path / "disk.qcow2", 1 << 20)
+    os.truncate(file, length)
+    refusal(file, read_only=True)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        0xBFFFFFFFFFFF0000,  # reserved bits
+        0x8000000000000000,  # COPIED without an offset
+        0x8000000000000200,  # not aligned
+        0x8000000000010000,  # the refcount table
+        0x8000000000020000,  # a refcount block
+        0x8000000000030000,  # the L1 table
+        0x8000000000040000,  # the L2 table itself
+    ],
+)
+def test_l2_entries_that_would_destroy_the_image(tmp_path: Path, entry: int) -> None:
+    file = make(tmp_path / "disk.qcow2", 1 << 20)
+    image = Qcow2Image(file)
+    image.write(0, b"x" * 512)
+    l2 = int(image.mapping.l1[0]) & ~(1 << 63)
+    assert l2 == 0x40000
+    image.close()
+    patched(file, (l2 + 8, ">Q", entry))
+    before = Path(file).read_bytes()[:l2]
+    image = Qcow2Image(file)
+    for attempt in (lambda: image.write(65536, b"y" * 512), lambda: image.trim(65536, 65536)):
+        with pytest.raises(OSError) as caught:
+            attempt()
+        assert caught.value.errno == errno.EIO
+    assert check(image).corruptions
+    image.close()
+    assert Path(file).read_bytes()[:l2] == before
+
+
+def test_l1_entry_that_points_at_the_header_or_the_l1_table(tmp_path: Path) -> None:
+    file = make(tmp_path / "disk.qcow2", 1 << 20)
+    for entry in (0x8000000000000200, 0x8000000000030000, 0xFF00000000040000):
+        image = Qcow2Image(patched(file, (0x30000, ">Q", entry)))
+        with pytest.raises(OSError, match="L1 entry"):
+            image.write(0, b"z")
+        image.close()
+
+
+def test_petabytes_in_a_tiny_file_cost_nothing(tmp_path: Path) -> None:
+    file = make(tmp_path / "disk.qcow2", 2 << 50, (1 << 21, 3, 16))
+    tracemalloc.start()
+    image = Qcow2Image(file, read_only=True)
+    assert [(e.length, e.zero) for e in image.extents(0, image.size)] == [(2 << 50, True)]
+    image.close()
+    assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("method", ["zlib", "zstd"])
+def test_a_compressed_cluster_that_inflates_without_end(method: str) -> None:
+    from blockd.qcow2.compression import compress
+
+    packed = compress(bytes(64 << 20), method)
+    tracemalloc.start()
+    assert decompress(packed, method, 65536) == bytes(65536)
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    tracemalloc.stop()
+    for bad in (b"", b"\xff" * 100, compress(b"", method)):
+        with pytest.raises(OSError):
+            decompress(bad, method, 65536)
+
+
+@pytest.mark.parametrize("name", ["json:{}", "/etc/passwd", "../x", "nbd://localhost/x", "fd:1", "a/../../x"])
+def test_backing_files_that_nobody_allowed(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (tmp_path / "x").write_bytes(bytes(1 << 20))
+    (folder / "a").mkdir()
+    file = make(folder / "top.qcow2", 1 << 20, backing_file=name, backing_format="raw")
+    assert "refused" in (told := refusal(file)) or "outside" in told
+
+
+def test_a_link_does_not_lead_out_of_the_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (tmp_path / "secret").write_bytes(b"s" * 512)
+    (folder / "base").symlink_to(tmp_path / "secret")
+    file = make(folder / "top.qcow2", 512, backing_file="base", backing_format="raw")
+    assert "outside" in refusal(file)
+    for place in (str(tmp_path), str(tmp_path / "secret"), "*"):
+        image = Qcow2Image(file, chain=Chain(allowed=(place,)))
+        assert read(image) == b"s" * 512
+        image.close()
+
+
+def test_chains_that_loop(tmp_path: Path) -> None:
+    file = make(tmp_path / "a", 1 << 20, backing_file="b", backing_format="qcow2")
+    make(tmp_path / "b", 1 << 20, backing_file="a", backing_format="qcow2")
+    assert "loop" in refusal(file, read_only=True)
+    own = make(tmp_path / "own", 1 << 20, backing_file="own", backing_format="qcow2")
+    assert "loop" in refusal(own, read_only=True)
+
+
+def test_a_backing_format_that_is_not_known(tmp_path: Path) -> None:
+    (tmp_path / "base").write_bytes(bytes(512))
+    file = make(tmp_path / "top", 512, backing_file="base", backing_format="vmdk")
+    assert "'vmdk' is not supported" in refusal(file)
+
+
+def _probe_all(file: str) -> None:
+    """Everything a reader and a checker would do; only the two errors that callers expect may come."""
+    for action in (_read_all, _check_all, _write_some):
+        try:
+            action(file)
+        except (BlockError, OSError):
+            continue
+
+
+def _read_all(file: str) -> None:
+    image = Qcow2Image(file, read_only=True)
+    try:
+        for offset in range(0, min(image.size, 1 << 20), 65536):
+            read(image, offset, min(65536, image.size - offset))
+        for number, _ in enumerate(image.extents(0, image.size)):
+            if number > 10000:
+                break
+    finally:
+        image.close()
+
+
+def _check_all(file: str) -> None:
+    image = Qcow2Image(file, read_only=True, repair=True)
+    try:
+        check(image)
+    finally:
+        image.close()
+
+
+def _write_some(file: str) -> None:
+    image = Qcow2Image(file)
+    try:
+        image.write(0, b"w" * min(5000, image.size))
+        image.trim(0, image.size)
+        image.flush()
+    finally:
+        image.close()
+
+
+_BYTE: Callable[[], st.SearchStrategy[int]] = lambda: st.integers(0, 255)  # noqa: E731
+
+
+@given(
+    changes=st.lists(
+        st.tuples(
+            st.sampled_from(
+                [*range(4, 120), *range(0x200, 0x210), *range(0x400, 0x410), *range(0x600, 0x800, 3)]
+            ),
+            _BYTE(),
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    cut=st.integers(0, 6000),
+)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_fuzzed_images(tmp_path: Path, changes: list[tuple[int, int]], cut: int) -> None:
+    file = tmp_path / "fuzzed.qcow2"
+    if not (tmp_path / "seed").exists():
+        seed = make(tmp_path / "seed", 64 << 10, (512, 3, 16))
+        image = Qcow2Image(seed)
+        image.write(0, random.Random(1).randbytes(3000))
+        image.close()
+        run_tool("qemu-img", "snapshot", "-c", "one", seed)
+    data = bytearray((tmp_path / "seed").read_bytes())
+    for at, value in changes:
+        if at < len(data):
+            data[at] = value
+    file.write_bytes(data[: max(len(data) - cut, 512)] if cut % 3 == 0 else data)
+    _probe_all(str(file))
+
+
+def test_the_deflate_window_is_the_one_others_can_read() -> None:
+    from blockd.qcow2.compression import compress
+
+    data = random.Random(2).randbytes(4096) * 16
+    assert zlib.decompressobj(-12).decompress(compress(data, "zlib")) == data
