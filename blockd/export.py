@@ -7,14 +7,23 @@ any more. A new medium under the same name is a new export with the next epoch.
 
 from __future__ import annotations
 
+import errno
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from blockd.image import Image
+from blockd.image import Buffer, Image
+from blockd.qcow2.backing import Chain
+from blockd.qcow2.image import Qcow2Image, probe
 from blockd.raw import RawImage
 from coordinator.contract import config
 from coordinator.contract.errors import BlockError
+
+log = logging.getLogger(__name__)
+
+#: what a qcow2 image begins with
+MAGIC = b"QFI\xfb"
 
 #: ATA sector (ATA8-ACS, 3.1.57) and CD-ROM user data (MMC-6, 4.2.3.4), in bytes
 DISK_SECTOR = 512
@@ -136,8 +145,52 @@ def open_raw(wanted: config.Export) -> Image:
     return RawImage(wanted.file, read_only=wanted.read_only, granularity=DISK_SECTOR)
 
 
+def open_qcow2(wanted: config.Export) -> Image:
+    """A qcow2 image with its chain of backing files, as far as those are allowed."""
+    read_only = wanted.read_only or wanted.media is config.Media.CDROM
+    image = Qcow2Image(wanted.file, read_only, Chain(wanted.backing_allowed))
+    if image.size % DISK_SECTOR or not image.size:
+        size = image.size
+        image.close()
+        raise BlockError(f"{wanted.file}: a disk of {size} bytes has no whole number of sectors", 22)
+    return image
+
+
+def open_probed(wanted: config.Export) -> Image:
+    """What the file claims to be. The guest of a raw disk could make that claim, too: so a disk that was
+    found to be raw is kept from becoming anything else."""
+    if probe(wanted.file) == "qcow2":
+        return open_qcow2(wanted)
+    if wanted.read_only or wanted.media is config.Media.CDROM:
+        return open_raw(wanted)
+    log.warning(
+        "%s: no format was given, and raw was guessed; say format=raw to lift limits on block 0", wanted.file
+    )
+    return ProbedRawImage(wanted.file, granularity=DISK_SECTOR)
+
+
+class ProbedRawImage(RawImage):
+    """A raw disk whose first bytes cannot be made those of another format."""
+
+    def write(self, offset: int, data: Buffer, fua: bool = False) -> None:
+        if offset < len(MAGIC):
+            start = bytearray(len(MAGIC))
+            self.read_into(0, memoryview(start))
+            new = bytes(data[: len(MAGIC) - offset])
+            start[offset : offset + len(new)] = new
+            if bytes(start) == MAGIC:
+                raise OSError(
+                    errno.EPERM, f"{self.file}: block 0 would make it look like qcow2; say format=raw"
+                )
+        super().write(offset, data, fua)
+
+
 #: format name to what opens it
-FORMATS: dict[str, Callable[[config.Export], Image]] = {"raw": open_raw}
+FORMATS: dict[str, Callable[[config.Export], Image]] = {
+    "raw": open_raw,
+    "qcow2": open_qcow2,
+    "auto": open_probed,
+}
 
 
 def open_image(wanted: config.Export) -> Image:

@@ -50,16 +50,18 @@ def main(start: config.BlockdConfig) -> None:
 
 
 def parse_export(text: str) -> config.Export:
-    """ID=FILE[,ro=on|off][,media=disk|cdrom][,format=raw]; a comma in a file's name is doubled."""
+    """ID=FILE[,ro=on|off][,media=disk|cdrom][,format=raw|qcow2|auto][,allow-backing=PLACE]; a comma in a
+    file's name is doubled."""
     name, equals, rest = text.partition("=")
     if not (name and equals):
         raise UsageError(f"--export {text}: is not of the form ID=FILE[,ro=on]")
     file, *options = (part.replace("\0", ",") for part in rest.replace(",,", "\0").split(","))
-    values = {"ro": "off", "media": "disk", "format": "raw"}
+    values = {"ro": "off", "media": "disk", "format": "raw", "allow-backing": ""}
     for option in options:
         key, equals, value = option.partition("=")
+        known = ", ".join(f"{name}=" for name in values)
         if key not in values or not equals:
-            raise UsageError(f"--export {text}: unknown option {option!r} (known: ro=, media=, format=)")
+            raise UsageError(f"--export {text}: unknown option {option!r} (known: {known})")
         values[key] = value
     if values["ro"] not in ("on", "off"):
         raise UsageError(f"--export {text}: ro= takes on or off")
@@ -67,7 +69,9 @@ def parse_export(text: str) -> config.Export:
         media = config.Media(values["media"])
     except ValueError:
         raise UsageError(f"--export {text}: media= takes disk or cdrom") from None
-    return config.Export(name, os.path.abspath(file), values["format"], values["ro"] == "on", media)
+    allowed = (values["allow-backing"],) if values["allow-backing"] else ()
+    read_only = values["ro"] == "on"
+    return config.Export(name, os.path.abspath(file), values["format"], read_only, media, allowed)
 
 
 def standalone(arguments: list[str]) -> int:

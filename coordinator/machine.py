@@ -139,7 +139,14 @@ class Vm:
         assert segment is not None
         common: dict[str, Any] = {"vm": machine.name, "runtime": folder, "parent": os.getpid()}
         exports = tuple(
-            Export(id=d.id, file=d.file, format=d.format, read_only=d.read_only, media=d.media)
+            Export(
+                id=d.id,
+                file=d.file,
+                format=d.format,
+                read_only=d.read_only,
+                media=d.media,
+                backing_allowed=d.backing_allowed,
+            )
             for d in machine.drives
             if d.file is not None
         )

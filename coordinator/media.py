@@ -60,7 +60,14 @@ async def _remove(vm: Vm, old: Drive) -> None:
 
 async def _insert(vm: Vm, new: Drive) -> None:
     assert new.file is not None
-    export = Export(id=new.id, file=new.file, format=new.format, read_only=new.read_only, media=new.media)
+    export = Export(
+        id=new.id,
+        file=new.file,
+        format=new.format,
+        read_only=new.read_only,
+        media=new.media,
+        backing_allowed=new.backing_allowed,
+    )
     await vm.command("blockd", messages.OpenExport(serial=vm.next_serial(), export=export))
     await vm.command("devhost0", messages.InsertMedium(serial=vm.next_serial(), drive=new))
     vm.replace_drive(new)
@@ -116,9 +123,9 @@ async def describe(vm: Vm) -> list[dict[str, Any]]:
         if d.media is Media.CDROM:
             info["tray_open"] = bool(state.get("tray_open", False))
         if d.file is not None and export is not None:
-            image = {"filename": d.file, "format": d.format, "virtual-size": export["size"]}
+            image = {"filename": d.file, "format": export["format"], "virtual-size": export["size"]}
             info["inserted"] = {
-                "file": d.file, "drv": d.format, "ro": d.read_only, "encrypted": False,
+                "file": d.file, "drv": export["format"], "ro": d.read_only, "encrypted": False,
                 "iops": 0, "iops_rd": 0, "iops_wr": 0, "bps": 0, "bps_rd": 0, "bps_wr": 0,
                 "detect_zeroes": "off", "write_threshold": 0, "backing_file_depth": 0,
                 "cache": {"writeback": True, "direct": False, "no-flush": False}, "image": image,

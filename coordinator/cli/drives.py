@@ -16,6 +16,7 @@ DRIVE_PROPERTIES = (
     "index",
     "media",
     "format",
+    "allow-backing",
     "readonly",
     "id",
     "bus",
@@ -38,6 +39,7 @@ def image(s: Settings, index: int, media: Media, file: str) -> None:
             index=index,
             media=media,
             file=_absolute(file),
+            format="auto",
             read_only=media is Media.CDROM,
         ),
     )
@@ -68,9 +70,9 @@ def drive(s: Settings, value: str) -> None:
     interface = kv.choice("if", ("ide", "none"), "ide")
     media = Media(kv.choice("media", ("disk", "cdrom"), "disk"))
     file = _absolute(kv.take("file"))
-    image_format = kv.take("format", "raw") or "raw"
-    if image_format != "raw":
-        raise UsageError(f"-drive format={image_format}: only raw images can be used yet")
+    image_format = kv.choice("format", ("auto", "raw", "qcow2"), "auto")
+    allowed = kv.take("allow-backing")
+    backing_allowed = (allowed if allowed == "*" else os.path.abspath(allowed),) if allowed else ()
     read_only = kv.flag("readonly", media is Media.CDROM) or media is Media.CDROM
     bus, unit = kv.take("bus"), kv.number("unit", 0, 0, 1)
     if bus not in (None, "0", "1"):
@@ -87,12 +89,27 @@ def drive(s: Settings, value: str) -> None:
     if interface == "none":
         if not ident:
             raise UsageError("-drive if=none needs id=")
-        s.loose[ident] = Drive(id=ident, index=0, media=media, file=file, read_only=read_only, serial=serial)
-        return
-    index = given if given >= 0 else int(bus) * 2 + unit if bus is not None else _free_index(s)
+        index = 0
+    elif given >= 0:
+        index = given
+    else:
+        index = int(bus) * 2 + unit if bus is not None else _free_index(s)
     letter = "cd" if media is Media.CDROM else "hd"
     ident = ident or f"ide{index // 2}-{letter}{index % 2}"
-    _add_drive(s, Drive(id=ident, index=index, media=media, file=file, read_only=read_only, serial=serial))
+    made = Drive(
+        id=ident,
+        index=index,
+        media=media,
+        file=file,
+        format=image_format,
+        read_only=read_only,
+        serial=serial,
+        backing_allowed=backing_allowed,
+    )
+    if interface == "none":
+        s.loose[ident] = made
+    else:
+        _add_drive(s, made)
 
 
 def device(s: Settings, value: str) -> None:
@@ -138,7 +155,9 @@ def _ide_device(s: Settings, kv: KeyValues, media: Media) -> None:
             index=index,
             media=media,
             file=loose.file if loose else None,
+            format=loose.format if loose else "auto",
             read_only=loose.read_only if loose else media is Media.CDROM,
             serial=serial,
+            backing_allowed=loose.backing_allowed if loose else (),
         ),
     )

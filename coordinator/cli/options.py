@@ -37,7 +37,7 @@ OPTIONS = (
     Option("hdb", "FILE", "disk image as primary slave"),
     Option("hdc", "FILE", "disk image as secondary master"),
     Option("hdd", "FILE", "disk image as secondary slave"),
-    Option("drive", "file=F,if=ide,index=N,media=disk|cdrom,format=raw,readonly=on|off,id=ID", "a drive"),
+    Option("drive", "file=F,if=ide,index=N,media=M,format=raw|qcow2,readonly=on|off,id=ID", "a drive"),
     Option("device", "DRIVER[,PROP=V]", "isa-debug-exit, ide-cd, ide-hd, VGA"),
     Option("boot", "[order=]cd[,menu=on]", "boot order: c disk, d CD-ROM"),
     Option("bios", "FILE", "firmware image; default SeaBIOS"),

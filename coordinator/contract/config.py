@@ -22,9 +22,12 @@ class Drive(msgspec.Struct, frozen=True):
     index: int
     media: Media
     file: str | None = None
+    #: raw, qcow2, or auto for what the file itself claims to be
     format: str = "raw"
     read_only: bool = False
     serial: str = ""
+    #: files and folders outside the image's own from which its backing files may come; "*" for all
+    backing_allowed: tuple[str, ...] = ()
 
 
 class Rtc(msgspec.Struct, frozen=True):
@@ -105,6 +108,8 @@ class Export(msgspec.Struct, frozen=True):
     format: str = "raw"
     read_only: bool = False
     media: Media = Media.DISK
+    #: as in Drive
+    backing_allowed: tuple[str, ...] = ()
 
 
 class BlockdConfig(msgspec.Struct, frozen=True):

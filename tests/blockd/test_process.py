@@ -139,7 +139,7 @@ def test_life_of_an_island(runtime: Path, coordinator: Coordinator, tmp_path: Pa
     assert coordinator.ask(messages.CloseExport, id="cd0").error is None
     assert coordinator.ask(messages.CloseExport, id="cd0").error == "no export is named 'cd0'"
     wrong = coordinator.ask(messages.OpenExport, export=Export("x", disk.file, format="vmdk"))
-    assert wrong.error == f"{disk.file}: format 'vmdk' is unknown (known: raw)"
+    assert wrong.error == f"{disk.file}: format 'vmdk' is unknown (known: auto, qcow2, raw)"
     assert "does not know" in (coordinator.ask(messages.Run).error or "")
     coordinator.socket.send_multipart([b"blockd", b"\xc1 no message"])
     assert coordinator.ask(messages.QueryExports).error is None  # it lives on
