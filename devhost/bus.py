@@ -157,7 +157,10 @@ class Bus:
     # ---- events --------------------------------------------------------------------------------
     def publish(self, slot: Slot) -> None:
         """End an event of one device: store its shadow registers and time sources, then perform effects."""
-        self._store(slot)
+        if slot.shadows or slot.time_sources:
+            self.segment.storing_shadows(self.host, True)
+            self._store(slot)
+            self.segment.storing_shadows(self.host, False)
         self._perform()
 
     def _store(self, slot: Slot) -> None:
@@ -170,9 +173,11 @@ class Bus:
 
     def publish_all(self) -> None:
         """End an event that may have changed any device."""
+        self.segment.storing_shadows(self.host, True)
         for slot in self.slots.values():
             if slot.shadows or slot.time_sources:
                 self._store(slot)
+        self.segment.storing_shadows(self.host, False)
         self._perform()
 
     def _window(self, space: int, addr: int) -> Window | None:

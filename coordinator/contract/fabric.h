@@ -78,6 +78,10 @@ void ring_applied(struct seg_header *seg, uint32_t host, uint64_t ticket); /* al
 /* The host is about to poll: 1 = do not, entry `ticket` is there. Awake again: ring_awake(). */
 int ring_sleep(struct seg_header *seg, uint32_t host, uint64_t ticket);
 void ring_awake(struct seg_header *seg, uint32_t host);
+/* Around the shadows that belong to one event: before (1) and after (0). */
+void ring_storing(struct seg_header *seg, uint32_t host, int storing);
+/* Whether the host is in between: then a shadow must not be read. Asked before the shadow is loaded. */
+int ring_stores(const struct seg_header *seg, uint32_t host);
 
 /* ---- interrupts (fabric.c, ioapic.c) ---- */
 #define DELIVER_FIXED 0

@@ -10,6 +10,11 @@
  * Hazard. A posted write raises hazard[h] to ticket + 1 before the instruction ends, so whoever is
  * told of the write by memory sees it as well. The host stores shadows before `applied` (release),
  * so a reader that finds applied >= hazard[h] (acquire) reads a shadow of after the write.
+ *
+ * All shadows of an event at once. A guest that polls one register and then reads another (bus-master status, then the
+ * drive's) must not find the first of after an event and the second of before. The host writes storing = 1, the shadows,
+ * storing = 0; a vCPU reads storing, and only where it is 0 a shadow. Who has read a shadow that was stored in an
+ * event reads, for the next one, storing after that: still 1, so it asks the host, or 0 again, when all are there.
  */
 #include <sched.h>
 #include <time.h>
@@ -102,3 +107,7 @@ int ring_sleep(struct seg_header *seg, uint32_t host, uint64_t ticket)
 }
 
 void ring_awake(struct seg_header *seg, uint32_t host) { seg_store_sc(&seg_host(seg, host)->sleeping, 0); }
+
+void ring_storing(struct seg_header *seg, uint32_t host, int storing) { seg_store_sc(&seg_host(seg, host)->storing, (uint32_t)storing); }
+
+int ring_stores(const struct seg_header *seg, uint32_t host) { return seg_load(&seg_host(seg, host)->storing) != 0; }

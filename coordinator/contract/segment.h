@@ -226,7 +226,8 @@ struct host_block {              /* one a device host */
     uint64_t next_ticket;        /* vCPUs: atomic fetch_add */
     uint64_t applied;            /* the host: every ticket below it is applied (release) */
     uint32_t sleeping;           /* the host: 1 before it polls; the doorbell eventfd is written only then */
-    uint32_t pid;
+    uint32_t storing;            /* the host: 1 while it stores the shadows of an event (seq_cst); reads of its shadows are sync then */
+    uint32_t pid, pad;
     uint64_t hazard[SEG_MAX_HAZARDS]; /* ticket + 1 of the newest posted write of the group: vCPUs, atomic max */
     uint64_t sync_served, posted_served, timer_fires, dma_bytes; /* the host, relaxed */
     uint64_t roundtrips[64];     /* sync accesses served by device */

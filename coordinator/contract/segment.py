@@ -270,6 +270,10 @@ class Segment:
         return name.decode() or f"device{index}"
 
     # ---- registers -----------------------------------------------------------------------------
+    def storing_shadows(self, host: int, storing: bool) -> None:
+        """Around the shadows of one event of device host ``host``: vCPUs see all of them or none."""
+        lib.ring_storing(self.header, host, storing)
+
     def set_shadow(self, index: int, value: int) -> None:
         lib.seg_shadow_set(self.header, index, value & NO_OFFSET)
 

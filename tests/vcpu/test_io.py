@@ -187,6 +187,19 @@ def test_shadow_reads_unless_a_posted_write_of_the_group_is_unapplied(machine: M
     assert machine.counts == {"chip": {"shadow": 2, "sync": 1, "posted": 1}}
 
 
+def test_no_shadow_is_read_while_the_host_stores_those_of_an_event(machine: Machine) -> None:
+    shadow = machine.segment.allocate_shadow()
+    machine.map_port(0x3F6, read_class=SHADOW, shadow=shadow)
+    machine.segment.set_shadow(shadow, 0x58)
+    machine.segment.storing_shadows(0, True)
+    machine.replies = [b"\x99"]
+    machine.run("mov dx, 0x3f6\n in al, dx")
+    assert machine.eax & 0xFF == 0x99
+    machine.segment.storing_shadows(0, False)
+    machine.run("mov dx, 0x3f6\n in al, dx")
+    assert machine.eax & 0xFF == 0x58
+
+
 def test_time_register_in_every_width(machine: Machine) -> None:
     """ACPI PM timer (ACPI 4.8.3.3): 24 bits at 3.579545 MHz."""
     source = machine.segment.allocate_time_source(3_579_545, 10**9, 0xFFFFFF)

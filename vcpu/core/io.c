@@ -80,7 +80,7 @@ static void sync_write(struct cpu *c, const struct uop *u, const struct piece *p
 /* The value of a shadow register; false where the access must be sync */
 static bool shadow(struct cpu *c, const struct reg_desc *reg, uint64_t *value)
 {
-    if (reg->read_class != ACCESS_SHADOW || ring_hazard(c->seg, reg->host, reg->read_hazard)) {
+    if (reg->read_class != ACCESS_SHADOW || ring_hazard(c->seg, reg->host, reg->read_hazard) || ring_stores(c->seg, reg->host)) {
         return false;
     }
     *value = seg_load(&seg_shadows(c->seg)[reg->shadow % SEG_MAX_SHADOWS]);
