@@ -83,6 +83,8 @@ def pick_target(rnd: random.Random, shape: Shape, aim: str = "") -> int:
         return DATA_LINEAR + READONLY + rnd.randrange(0x800)
     if shape.bits != 64 or aim:
         return DATA_LINEAR + DATA_SIZE + 64
+    if width == 16:                                # unaligned, too, and on the stack: #GP or #SS
+        return 0xFFFF7FFFFFFFFFF0
     near = 0x800000000000 - (0 if shape.row.mnemonic in STATE_BYTES else rnd.randrange(9))
     return rnd.choice((0x8000000000000000, near, 0xFFFF7FFFFFFFFFFF, DATA_LINEAR + (1 << 32)))
 
@@ -109,12 +111,13 @@ class Encoder:
         if shape.bits != 64 and rnd.random() < often:
             self.instance.data_segment = LDT_DATA
         self.instance.target = self._target()
+        self.reserved: set[int] = set()            # registers with a meaning of their own
         self.operand = b""                         # what the memory operand holds
 
     def _target(self) -> int:
         rnd, shape, row, instance = self.rnd, self.shape, self.row, self.instance
         if row.source in ("sse.tab", "x87.tab"):
-            instance.fx = values.fx_image(rnd, row.source == "x87.tab" or "x87" in row.words, self.aim == "plain")
+            instance.fx = values.fx_image(rnd, row.source == "x87.tab" or "x87" in row.words, bool(self.aim))
         if self.sequence:
             return DATA_LINEAR + 0x400 + 16 * rnd.randrange(4)
         target = pick_target(rnd, shape, self.aim)
@@ -125,7 +128,8 @@ class Encoder:
             return min(max(target, DATA_LINEAR), DATA_LINEAR + 0x1000)
         # Alignment checks only where no other fault competes; which of 16-byte operands are checked, and whether FXSAVE
         # and its like raise #AC or #GP, is left open by the manuals.
-        if not self.aim and rnd.random() < 0.03 and shape.width < 16 and row.mnemonic not in STATE_BYTES:
+        if not self.aim and rnd.random() < 0.03 and shape.width < 16 and row.mnemonic not in {
+                *STATE_BYTES, "maskmovq", "maskmovdqu"}:
             instance.rflags |= AC
             return DATA_LINEAR + 0x400 + rnd.randrange(64)
         return target
@@ -159,7 +163,7 @@ class Encoder:
         last = 16 if shape.bits == 64 else 8
         base, scale = rnd.randrange(last), rnd.randrange(4)
         if self._taken(base):
-            base = RSI
+            base = RSI if RSI not in self.reserved else RDI
         mod = rnd.choice((1, 2) if base & 7 == 5 else (0, 1, 1, 2))
         disp = 0 if mod == 0 else rnd.randrange(-128, 128) if mod == 1 else rnd.choice((rnd.randrange(-4096, 4096), rnd.getrandbits(31)))
         index = None
@@ -179,7 +183,7 @@ class Encoder:
 
     def _taken(self, register: int) -> bool:
         """Must not become part of an address: implied operands, and registers whose default segment has another base."""
-        if self.row.mnemonic in STATE_BYTES and register in (RAX, RDX):
+        if register in self.reserved or self.row.mnemonic in STATE_BYTES and register in (RAX, RDX):
             return True
         if register == RSP and self.row.mnemonic in STACK:
             return True
@@ -187,7 +191,8 @@ class Encoder:
 
     def _memory16(self, reg: int, offset: int) -> bytes:
         rnd = self.rnd
-        rm, mod = rnd.choice((0, 1, 4, 5, 6, 7, 7)), rnd.randrange(3)
+        formulas = [rm for rm, registers in FORMULAS16.items() if not self.reserved & set(registers)]
+        rm, mod = rnd.choice((6, *formulas)), rnd.randrange(3)
         if rm == 6:
             return bytes([reg << 3 | 6]) + struct.pack("<H", offset & 0xFFFF)
         disp = 0 if mod == 0 else rnd.randrange(-128, 128)
@@ -249,6 +254,11 @@ class Encoder:
         reg = row.ext if row.ext is not None else rnd.choice(self.registers) % (8 if "P" in kinds else last)
         small = kinds & {"Q", "N"} or any(operand.text == "STi" for operand in row.operands)
         rm = row.rm if row.rm is not None else rnd.choice(self.registers) % (8 if small else last)
+        if row.mnemonic in ("DIV", "IDIV") and self.aim == "plain":
+            rm = RBX                               # no part of the dividend
+            self.reserved = {RAX, RDX}
+        elif row.mnemonic in ("BOUND", "BT", "BTS", "BTR", "BTC"):
+            self.reserved = {reg}
         return special.register(self, reg), rm
 
     def build(self) -> Instance:
@@ -325,21 +335,22 @@ def sequence(choices: list[Shape], rnd: random.Random) -> Instance:
     total.gpr = [values.integer(rnd) for _ in range(16)]
     total.gpr[RSP] = DATA_LINEAR + 0xC00
     registers = rnd.sample([r for r in range(16 if total.shape.bits == 64 else 8) if r not in (RCX, RSP)], 3)
+    used, counting = 0, False
     undefined, skipped = 0, 0                      # flags: at this place, and where a branch may have left
     for _ in range(rnd.randrange(2, 9)):
         shape = rnd.choice(choices)
         if uses(shape.row) & (undefined | skipped) or len(total.code) > 80:
             continue
         instance = Encoder(shape, rnd, "", registers, total.code_at + len(total.code)).build()
+        counting |= any(operand.text == "ECX" for operand in shape.row.operands)
         if "jump" in shape.row.words:
             skipped |= undefined
-        undefined = special.flow(shape.row, undefined)
+        undefined, used = special.flow(shape.row, undefined), used | uses(shape.row)
         total.code += instance.code
         total.patches = instance.patches
-    if rnd.random() < 0.4:
+    if rnd.random() < 0.4 and not used & (undefined | skipped) and not counting:
         total.code += bytes([0xE2, (-len(total.code) - 2) & 0xFF])
         total.gpr[RCX] = rnd.randrange(1, 5)
-        skipped |= undefined                       # the second time round begins with them
     total.undefined = undefined | skipped
     if total.shape.bits != 64:
         total.gpr = [value & 0xFFFFFFFF for value in total.gpr]

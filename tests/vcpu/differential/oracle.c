@@ -21,10 +21,12 @@
 #include <string.h>
 #include <sys/auxv.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <ucontext.h>
 #include <unistd.h>
 
+#define PATIENCE 10                /* seconds for one batch */
 #define FX_IMAGE 416               /* bytes of the FXSAVE image that are state; behind them the kernel keeps notes */
 
 static struct test_case *cases;
@@ -101,7 +103,7 @@ static void start(struct test_case *t, ucontext_t *uc)
 static void on_signal(int number, siginfo_t *info, void *context)
 {
     __asm__ volatile("pushfq; andl $~0x40000, (%%rsp); popfq" : : : "memory", "cc"); /* AC */
-    (void)number, (void)info;
+    (void)info;
     ucontext_t *uc = context;
     if (index_ < 0) {
         memcpy(home, uc->uc_mcontext.gregs, sizeof home);
@@ -109,6 +111,10 @@ static void on_signal(int number, siginfo_t *info, void *context)
         syscall(SYS_arch_prctl, ARCH_GET_FS, &home_fs);
     } else {
         take_result(&cases[index_], uc);
+        if (number == SIGALRM) {
+            cases[index_].vector = ENDLESS;
+            alarm(PATIENCE);
+        }
     }
     if (++index_ < count) {
         start(&cases[index_], uc);
@@ -140,10 +146,11 @@ static long descriptor(unsigned entry, unsigned base, unsigned limit, bool execu
 int main(int argc, char **argv)
 {
     static uint8_t stack[1 << 18] __attribute__((aligned(64)));
-    static const int signals[] = {SIGFPE, SIGSEGV, SIGILL, SIGBUS, SIGTRAP};
+    static const int signals[] = {SIGFPE, SIGSEGV, SIGILL, SIGBUS, SIGTRAP, SIGALRM};
     if (argc != 3) {
         return 2;
     }
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
     size_t size = strtoul(argv[2], NULL, 0) * sizeof *cases;
     int fd = open(argv[1], O_RDWR);
     cases = fd < 0 ? MAP_FAILED : mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
@@ -165,6 +172,7 @@ int main(int argc, char **argv)
     stack_t alternate = {.ss_sp = stack, .ss_size = sizeof stack};
     sigaltstack(&alternate, NULL);
     struct sigaction action = {.sa_sigaction = on_signal, .sa_flags = SA_SIGINFO | SA_ONSTACK};
+    sigaddset(&action.sa_mask, SIGALRM);
     for (unsigned i = 0; i < sizeof signals / sizeof *signals; i++) {
         sigaction(signals[i], &action, NULL);
     }
@@ -175,7 +183,9 @@ int main(int argc, char **argv)
     while (read(0, &n, sizeof n) == sizeof n) {
         count = (int)n;
         index_ = -1;
+        alarm(PATIENCE);
         __asm__ volatile("int3" : : : "memory");
+        alarm(0);
         if (write(1, &n, sizeof n) != sizeof n) {
             return 1;
         }

@@ -7,6 +7,7 @@
 #define DATA_LINEAR 0x30000000     /* four pages, the third read-only; unmapped around them */
 #define DATA_SIZE 0x4000
 #define READONLY 0x2000            /* offset of the read-only page */
+#define ENDLESS 255                /* in `vector`: the case went on for seconds */
 #define PATCHES 3
 #define HOST_LDT 1                 /* segments with a base can be had, and 16-bit code */
 #define HOST_FSGSBASE 2            /* RDFSBASE and its like work in user mode */

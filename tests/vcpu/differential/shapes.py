@@ -61,6 +61,8 @@ class Shape:
         row, size = self.row, max(self.size, 8) // 8
         if row.mnemonic in FAR:
             return size + 2
+        if row.mnemonic == "BOUND":
+            return 2 * size
         for operand in row.operands:
             if operand.kind in "EMQWOXY":
                 if operand.size in WIDTHS:
@@ -82,7 +84,9 @@ class Shape:
             return frozenset({UD})
         if self.refused:
             return frozenset({GP, UD})
-        return frozenset({"UD0": {UD}, "UD1": {UD}, "UD2": {UD}, "INT1": {DB}, "INT": {GP}}.get(self.row.mnemonic, {BP}))
+        if self.bits == 32 and self.size == 16 and "jump" in self.row.words and self.row.mnemonic[:2] != "UD":
+            return frozenset({BP, PF})             # the target has 16 bits, where nothing is
+        return frozenset({"UD0": {UD}, "UD1": {UD}, "UD2": {UD}, "INT1": {DB}, "INT": {GP}, "INTO": {BP, OF}}.get(self.row.mnemonic, {BP}))
 
     @cached_property
     def faults(self) -> frozenset[int]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from tests.vcpu.differential import values
-from tests.vcpu.differential.machine import CODE_LINEAR, DATA_LINEAR, LDT_CODE16, LDT_DATA, USER32, USER64, USER_DATA
+from tests.vcpu.differential.machine import CODE_LINEAR, DATA_LINEAR, DATA_SIZE, LDT_CODE16, LDT_DATA, USER32, USER64, USER_DATA
 from tests.vcpu.differential.shapes import STACK, STATE_BYTES, STRINGS
 from vcpu import optable
 
@@ -21,8 +21,9 @@ SHIFTS = {"ROL", "ROR", "RCL", "RCR", "SHL", "SAL", "SHR", "SAR", "SHLD", "SHRD"
 # Not to be laid across the end of the code pages: whether UD0 fetches a ModRM byte first differs between makers
 NEAR_END = {"UD0", "UD1", "UD2", "INT", "INT3"}
 CODE_SELECTORS = {64: USER64, 32: USER32, 16: LDT_CODE16}
-# Loaded or examined: null ones, user segments, kernel segments, beyond the table, an empty LDT slot
-SELECTORS = (0, 1, 3, USER_DATA, USER_DATA, LDT_DATA, LDT_DATA, USER32, USER64, LDT_CODE16, USER_DATA & ~3, 0x10, 0x18 | 3, 0xFFF8, 0x17)
+# Loaded or examined: null, user segments, kernel segments, beyond the table, an empty LDT slot. No null one with an RPL:
+# the way out of an exception makes 0 of it.
+SELECTORS = (0, 0, USER_DATA, USER_DATA, LDT_DATA, LDT_DATA, USER32, USER64, LDT_CODE16, USER_DATA & ~3, 0x10, 0x18 | 3, 0xFFF8, 0x17)
 
 
 def flow(row: optable.Row, undefined: int) -> int:
@@ -78,15 +79,15 @@ def register(e: Encoder, reg: int) -> int:
 
 
 def selector(e: Encoder) -> int:
-    return USER_DATA if e.aim == "plain" else e.rnd.choice(SELECTORS)
+    return USER_DATA if e.aim == "plain" else e.rnd.choice((0x10, 0x1B, 0x17) if e.aim else SELECTORS)
 
 
 def far_target(e: Encoder) -> tuple[int, int]:
     """Selector and offset of a far branch; offsets of 16 bits only lead somewhere in the segment with a base."""
     bits = 16 if e.shape.size == 16 else e.rnd.choice((64, 32, 16) if not e.aim else (e.shape.bits,))
     target = CODE_SELECTORS[bits]
-    if e.rnd.random() < 0.2 and not e.aim:
-        target = e.rnd.choice(SELECTORS)
+    if e.aim == "fault" and e.gpr[RSP] == e.stack or e.rnd.random() < 0.2 and not e.aim:
+        target = selector(e)
     return target, e.code_target(16, 0x700) + (0 if target == LDT_CODE16 else CODE_LINEAR)
 
 
@@ -98,9 +99,7 @@ def _divide(e: Encoder, reg: int, rm: int) -> None:
         gpr[RDX], gpr[RAX] = 0, rnd.randrange(100)
         e.operand = struct.pack("<QQ", rnd.randrange(1, 100), 0)
         if e.shape.form == "r":
-            gpr[rm & 3 if size == 8 else rm] = 0x0101
-            gpr[RDX] = 0x0101 if rm == RDX else 0
-            gpr[RAX] = 0x0101 if rm & 3 == RAX and (size == 8 or rm == RAX) else 0x55
+            gpr[rm] = rnd.randrange(1, 100)
         return
     if e.aim == "fault" or rnd.random() < 0.8:
         gpr[RDX] = rnd.choice((0, 1, MASK64, rnd.randrange(1000), gpr[RDX]))
@@ -220,13 +219,20 @@ def _far_return(e: Encoder, reg: int, rm: int) -> None:
 
 def _interrupt_return(e: Encoder, reg: int, rm: int) -> None:
     target, offset = far_target(e)
-    flags = e.rnd.getrandbits(32) & ~0x24100 | 2   # neither VM, NT nor TF
+    # Neither VM, NT, ID nor TF. AC with a stack that is not aligned looks to Linux like a split lock, without end.
+    flags = e.rnd.getrandbits(32) & ~(0x224100 | (0x40000 if e.gpr[RSP] & 7 else 0)) | 2
     stack = USER_DATA if e.aim or e.rnd.random() < 0.9 else e.rnd.choice(SELECTORS)
     e.patch(e.gpr[RSP], _items(e, offset, target, flags, e.stack + 0x80, stack))
 
 
 def _pop_flags(e: Encoder, reg: int, rm: int) -> None:
     e.patch(e.gpr[RSP], struct.pack("<Q", e.rnd.getrandbits(64) & ~0x204000))  # neither ID nor NT: the oracle cannot take them back
+
+
+def _push_segment(e: Encoder, reg: int, rm: int) -> None:
+    """Intel's CPUs write two bytes of a wider item, others all (SDM vol. 2, PUSH)."""
+    if e.row.operands[0].text in ("ES", "CS", "SS", "DS", "FS", "GS"):
+        e.patch(e.gpr[RSP] - 8, bytes(8))
 
 
 def _pop_segment(e: Encoder, reg: int, rm: int) -> None:
@@ -266,18 +272,22 @@ def _state_area(e: Encoder, reg: int, rm: int) -> None:
 
 
 def _base(e: Encoder, reg: int, rm: int) -> None:
-    e.gpr[rm] = e.rnd.choice((values.integer(e.rnd) >> 17, values.integer(e.rnd))) if not e.aim else values.integer(e.rnd) >> 17
+    e.gpr[rm] = 1 << 63 | e.gpr[rm] >> 2 if e.aim == "fault" else e.gpr[rm] >> 17 if e.aim else e.gpr[rm]
+
+
+def _control_word(e: Encoder, reg: int, rm: int) -> None:
+    e.operand = struct.pack("<I", 0x1F80 | e.rnd.getrandbits(16) & 0xE07F if e.aim else e.rnd.getrandbits(17) & 0x1FFBF)
 
 
 PREPARE: dict[str, Callable[[Encoder, int, int], None]] = {
     "DIV": _divide, "IDIV": _divide, "CMPXCHG": _compare_exchange, "CMPXCHG8B": _compare_exchange8, "CMPXCHG16B": _compare_exchange16,
     "BSF": _bit_scan, "BSR": _bit_scan, "BOUND": _bound, "XLAT": _translate, "maskmovq": _masked_move, "maskmovdqu": _masked_move,
     "CALLF": _far_indirect, "JMPF": _far_indirect, "RET": _return, "RETF": _far_return, "IRET": _interrupt_return, "POPF": _pop_flags,
-    "POP": _pop_segment, "ENTER": _frame, "LEAVE": _frame, "ARPL": _adjust_rpl,
+    "PUSH": _push_segment, "POP": _pop_segment, "ENTER": _frame, "LEAVE": _frame, "ARPL": _adjust_rpl,
     **dict.fromkeys(("BT", "BTS", "BTR", "BTC"), _bit_string), **dict.fromkeys(STRINGS, _strings),
     **dict.fromkeys(("LOOP", "LOOPE", "LOOPNE", "JCXZ"), _loop), **dict.fromkeys(("LES", "LDS", "LSS", "LFS", "LGS"), _load_far),
     **dict.fromkeys(("VERR", "VERW", "LAR", "LSL"), _selector_operand), **dict.fromkeys(STATE_BYTES, _state_area),
-    **dict.fromkeys(("WRFSBASE", "WRGSBASE"), _base),
+    "ldmxcsr": _control_word, **dict.fromkeys(("WRFSBASE", "WRGSBASE"), _base),
 }
 
 
@@ -293,10 +303,14 @@ def prepare(e: Encoder, reg: int, rm: int) -> None:
         e.operand = struct.pack("<QQ", values.integer(rnd), values.integer(rnd))
     if any(operand.text == "CL" for operand in row.operands):
         gpr[RCX] = gpr[RCX] & ~0xFF | rnd.choice((0, 1, rnd.randrange(70), rnd.randrange(256))) & _count_mask(e)
-    if row.mnemonic in STACK and not e.sequence and (e.aim == "fault" or not e.aim and rnd.random() < 0.12):
-        gpr[RSP] = pick_target(rnd, e.shape, e.aim) + (rnd.choice((0, 4, 8)) if not e.aim else 0) & MASK64
-        if row.mnemonic == "PUSHF" or e.shape.form == "m":
-            e.instance.rflags &= ~(1 << 18)
+    if row.mnemonic in STACK and not e.sequence:
+        # where a selector can be bad, a fault is that in some shapes and the stack's in others
+        stacks = "gp" not in row.values.get("fault", "") or e.shape.bits == 32 or e.shape.bits == 64 and e.shape.size in (16, 64)
+        if e.aim == "fault" and stacks:
+            gpr[RSP] = DATA_LINEAR + rnd.choice((-0x100, DATA_SIZE + 0x100))
+        elif not e.aim and rnd.random() < 0.12:
+            gpr[RSP] = pick_target(rnd, e.shape) + rnd.choice((0, 4, 8)) & MASK64
+            e.instance.rflags &= ~(1 << 18)        # AC, for faults that compete
     if row.mnemonic in ("CALL", "JMP") and row.operands[0].kind == "E":
         _indirect(e, reg, rm)
     elif row.mnemonic in ("CALLF", "JMPF") and row.operands[0].text == "Ap":
