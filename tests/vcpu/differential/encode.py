@@ -45,7 +45,8 @@ class Instance:
     target: int = 0                                                  # linear address of the memory operand
     immediate: int = 0
     fx: bytes = b""
-    undefined: int = 0                                               # flags that a sequence leaves undefined
+    undefined: int = 0                                               # flags that a sequence leaves undefined,
+    undefined_midway: int = 0                                        # and those that are so anywhere in it
 
     @property
     def cs(self) -> int:
@@ -104,10 +105,10 @@ class Encoder:
         self.gpr[RSP] = self.stack
         self.instance = Instance(shape, code_at=at, rflags=0x202 | rnd.getrandbits(12) & values.STATUS | (rnd.random() < 0.05) << 10)
         self.address_size = shape.bits
-        if shape.prefix == "a" or shape.bits != 64 and rnd.random() < 0.1:
+        if shape.prefix == "a" or shape.bits != 64 and not self.sequence and rnd.random() < 0.1:
             self.address_size = {64: 32, 32: 16, 16: 32}[shape.bits]
         # 16-bit addresses reach the data pages only through segments with a base
-        often = 0.2 if self.address_size == 32 else 1 if aim or self.row.source != "integer.tab" else 0.85
+        often = (shape.bits == 16) if self.sequence else 0.2 if self.address_size == 32 else 1 if aim or self.row.source != "integer.tab" else 0.85
         if shape.bits != 64 and rnd.random() < often:
             self.instance.data_segment = LDT_DATA
         self.instance.target = self._target()
@@ -192,7 +193,7 @@ class Encoder:
     def _memory16(self, reg: int, offset: int) -> bytes:
         rnd = self.rnd
         formulas = [rm for rm, registers in FORMULAS16.items() if not self.reserved & set(registers)]
-        rm, mod = rnd.choice((6, *formulas)), rnd.randrange(3)
+        rm, mod = rnd.choice((6, *formulas)) if not self.sequence else 6, rnd.randrange(3)
         if rm == 6:
             return bytes([reg << 3 | 6]) + struct.pack("<H", offset & 0xFFFF)
         disp = 0 if mod == 0 else rnd.randrange(-128, 128)
@@ -314,7 +315,7 @@ USES = dict(zip(("o", "b", "z", "be", "s", "p", "l", "le"), (0x800, 1, 0x40, 0x4
 # What a sequence has no use for: it leaves the sequence, needs its own registers, or hangs on memory that others changed
 ALONE = STRINGS | STACK | {"XLAT", "DIV", "IDIV", "AAM", "JMP", "LOOP", "LOOPE", "LOOPNE", "JCXZ", "BOUND", "STD", "CLD", "LES", "LDS",
                            "CALLF", "JMPF", "INT3", "INT", "INTO", "INT1", "UD0", "UD1", "UD2", "CLFLUSH", "maskmovq", "maskmovdqu",
-                           "fxsave", "fxrstor", "xsave", "xrstor", "xsaveopt", "SALC"}
+                           "fxsave", "fxrstor", "xsave", "xrstor", "xsaveopt", "fnstenv", "fnsave"}
 
 
 def uses(row: optable.Row) -> int:
@@ -334,7 +335,7 @@ def sequence(choices: list[Shape], rnd: random.Random) -> Instance:
     total = Instance(choices[0], rflags=0x202 | rnd.getrandbits(12) & values.STATUS, fx=values.fx_image(rnd, True, rnd.random() < 0.7))
     total.gpr = [values.integer(rnd) for _ in range(16)]
     total.gpr[RSP] = DATA_LINEAR + 0xC00
-    registers = rnd.sample([r for r in range(16 if total.shape.bits == 64 else 8) if r not in (RCX, RSP)], 3)
+    registers = rnd.sample([r for r in range(16 if total.shape.bits == 64 else 8) if r not in (RCX, RSP, RBP)], 3)  # 5 is CH, too
     used, counting = 0, False
     undefined, skipped = 0, 0                      # flags: at this place, and where a branch may have left
     for _ in range(rnd.randrange(2, 9)):
@@ -347,7 +348,8 @@ def sequence(choices: list[Shape], rnd: random.Random) -> Instance:
             skipped |= undefined
         undefined, used = special.flow(shape.row, undefined), used | uses(shape.row)
         total.code += instance.code
-        total.patches = instance.patches
+        total.patches, total.data_segment = instance.patches, instance.data_segment
+        total.undefined_midway |= undefined
     if rnd.random() < 0.4 and not used & (undefined | skipped) and not counting:
         total.code += bytes([0xE2, (-len(total.code) - 2) & 0xFF])
         total.gpr[RCX] = rnd.randrange(1, 5)

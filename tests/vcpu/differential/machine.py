@@ -192,9 +192,9 @@ class Ours:
         stack = arch.gpr[4] - SUPERVISOR
         error = 0
         if stack == STACK - 48:
-            error, = struct.unpack_from("<Q", self.ram, stack)
+            error, = struct.unpack("<Q", self.ram[stack:stack + 8].tobytes())
             stack += 8
-        after.rip, after.cs, after.rflags, after.gpr[4], after.ss = struct.unpack_from("<5Q", self.ram, stack)
+        after.rip, after.cs, after.rflags, after.gpr[4], after.ss = struct.unpack("<5Q", self.ram[stack:stack + 40].tobytes())
         after.ds, after.es, after.fs, after.gs = (arch.seg[i].selector for i in (3, 0, 4, 5))
         after.fs_base, after.gs_base = arch.seg[4].base, arch.seg[5].base
         self._store_fpu(np.frombuffer(layout().buffer(after.fx), np.uint8))

@@ -61,7 +61,7 @@ def fill(case: Any, instance: Instance) -> None:
     layout().memmove(case.code, code, len(code))
 
 
-def _words(instance: Instance, host: Any, ours: Any) -> Iterator[str]:
+def _words(instance: Instance, host: Any, ours: Any, vector: int) -> Iterator[str]:
     """Differences of registers."""
     width = values.MASK64 if instance.shape.bits == 64 and host.cs == instance.cs else 0xFFFFFFFF
     for i, name in enumerate(NAMES):
@@ -75,7 +75,8 @@ def _words(instance: Instance, host: Any, ours: Any) -> Iterator[str]:
         changed = host.fs | host.gs or instance.shape.row.mnemonic.endswith("BASE")
         if changed and getattr(host, base) != getattr(ours, base):
             yield f"{base}: host {getattr(host, base):#x}, ours {getattr(ours, base):#x}"
-    differ = (host.rflags ^ ours.rflags) & VISIBLE & ~(instance.undefined or special.undefined_flags(instance))
+    undefined = instance.undefined if vector == BP else instance.undefined_midway
+    differ = (host.rflags ^ ours.rflags) & VISIBLE & ~(undefined | special.undefined_flags(instance))
     if differ:
         yield f"rflags: host {host.rflags:#x}, ours {ours.rflags:#x}, differ in {differ:#x}"
 
@@ -137,7 +138,8 @@ class Coverage:
 
     def missing(self, wanted: Iterable[Shape]) -> list[str]:
         """What was not reached, a line each."""
-        lines, rows = [], {}
+        lines: list[str] = []
+        rows: dict[str, frozenset[int]] = {}
         for shape in wanted:
             if not self.by_shape.get(shape.key, set()) & shape.ends:
                 lines.append(f"{shape.key}: no case of {len(self.by_shape.get(shape.key, ()))} vectors ended as it should")
@@ -209,8 +211,8 @@ class Suite:
             self.ours = Ours()
             return [f"ours: {lost}"]
         cr2 = self.ours.arch.cr2
-        mmx_fault = vector != BP and instance.shape.row.source == "sse.tab"
-        return [*_fault(instance, case, vector, error, cr2), *_words(instance, case.after, after),
+        mmx_fault = vector != BP and instance.shape.row.source != "x87.tab"
+        return [*_fault(instance, case, vector, error, cr2), *_words(instance, case.after, after, vector),
                 *_memory(instance, case, self.ours, vector), *_vectors(instance, case.after, after, mmx_fault)]
 
     def batches(self, seed: int, begin: int, end: int, sequences: bool = False) -> Iterator[list[tuple[int, str]]]:
