@@ -88,12 +88,18 @@ def _arrived(handle: Any) -> int:
     return fd
 
 
+def redirect(fd: int, file: str, flags: int) -> None:
+    """Let ``fd`` be an opened file."""
+    opened = os.open(file, flags, 0o600)
+    os.dup2(opened, fd)
+    os.close(opened)
+
+
 def _main(module: str, config: type[msgspec.Struct], fields: dict[str, Any]) -> None:
     """First function of a child. What it prints, a traceback too, goes to its log, not to the terminal."""
-    log = os.open(fields["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
+    redirect(0, os.devnull, os.O_RDONLY)
+    for fd in (1, 2):
+        redirect(fd, fields["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     try:
         importlib.import_module(module).main(config(**fields))
     except AtollError as error:

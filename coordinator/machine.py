@@ -39,10 +39,13 @@ from coordinator.islands import Island
 from coordinator.policy import Options
 
 log = logging.getLogger(__name__)
+#: what -trace asked for
+trace = logging.getLogger("atoll.trace")
 
-#: how long an island may take to say hello, and to end when told to, seconds
+#: how long an island may take to say hello, seconds
 START_SECONDS = 60.0
-END_SECONDS = 5.0
+#: how long it may take to end when told to, seconds: blockd has data to flush, the others nothing to lose
+END_SECONDS = {"vcpu": 2.0, "devhost": 2.0, "blockd": 10.0}
 #: how long the last notice of an island may still be on its way when its death is seen, seconds
 LAST_NOTICE_SECONDS = 0.3
 #: of the standard VGA card: the linear frame buffer and the planes (devhost/vga/planes.py)
@@ -268,6 +271,9 @@ class Vm:
                 self.on_serial(index, data)
             case messages.DebugOutput(port=port, data=data):
                 self.on_debug(port, data)
+            case messages.TraceLines(lines=lines):
+                for line in lines:
+                    trace.info("%s", line)
             case messages.TrayMoved(drive=drive, open=is_open):
                 self.event("DEVICE_TRAY_MOVED", {"device": drive, "id": drive, "tray-open": is_open})
             case messages.GuestReset(reason=reason):
@@ -420,11 +426,11 @@ class Vm:
 
     async def _end_islands(self) -> None:
         """vCPUs first, then who they talk to, blockd last so that it can flush."""
-        for prefix in ("vcpu", "devhost", "blockd"):
-            islands = [island for role, island in self.islands.items() if role.startswith(prefix)]
-            await asyncio.gather(*(self._end_island(island) for island in islands))
+        for kind, patience in END_SECONDS.items():
+            islands = [island for role, island in self.islands.items() if role.startswith(kind)]
+            await asyncio.gather(*(self._end_island(island, patience) for island in islands))
 
-    async def _end_island(self, island: Island) -> None:
+    async def _end_island(self, island: Island, patience: float) -> None:
         """By its own doing where it listens, else by force."""
         loop = asyncio.get_running_loop()
         loop.remove_reader(island.pidfd)
@@ -432,11 +438,11 @@ class Vm:
         if island.alive() and self._hello[island.role].is_set():
             with contextlib.suppress(IslandError, TimeoutError):
                 quit_ = messages.Quit(serial=self.next_serial())
-                await asyncio.wait_for(self.command(island.role, quit_), END_SECONDS)
+                await asyncio.wait_for(self.command(island.role, quit_), patience)
                 answered = True
-        if not answered or not await asyncio.to_thread(island.reap, END_SECONDS):
+        if not answered or not await asyncio.to_thread(island.reap, patience):
             if island.alive() and self._hello[island.role].is_set():
                 log.info("%s does not end by itself and is killed", island.role)
             island.kill()
-            await asyncio.to_thread(island.reap, END_SECONDS)
+            await asyncio.to_thread(island.reap, patience)
         island.close()

@@ -13,9 +13,11 @@ import setproctitle
 import blockd.main
 import devhost.main
 import vcpu.main
-from coordinator.islands import NAME_VARIABLE
+from coordinator.islands import NAME_VARIABLE, redirect
 
 PRELOADED = (blockd.main, devhost.main, vcpu.main)
 
 if NAME_VARIABLE in os.environ:  # not where somebody only wants the modules
+    redirect(0, os.devnull, os.O_RDONLY)
+    redirect(1, os.devnull, os.O_WRONLY)
     setproctitle.setproctitle(f"atoll nursery {os.environ.pop(NAME_VARIABLE)}")

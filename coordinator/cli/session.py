@@ -40,7 +40,13 @@ def _start_log(s: Settings) -> None:
         stream = open(s.log_file, "a", buffering=1, encoding="utf-8") if s.log_file else sys.stderr  # noqa: SIM115
     except OSError as error:
         raise ConfigError(f"-D {s.log_file}: {error.strerror}") from None
-    logging.basicConfig(stream=stream, format="%(asctime)s %(message)s", level=logging.INFO, force=True)
+    logging.getLogger("atoll.trace").setLevel(logging.INFO)
+    logging.basicConfig(
+        stream=stream,
+        format="%(asctime)s %(message)s",
+        level=logging.INFO if s.log_file else logging.WARNING,
+        force=True,
+    )
 
 
 def _machine(s: Settings) -> tuple[Machine, Loader]:

@@ -1,0 +1,152 @@
+"""Death of each process of a machine, by force: who is named, what is said, what is left."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.system.machine import CONSOLE, Machine, processes, until, with_qmp
+
+ROLES = {"nursery", "blockd", "devhost0", "vcpu0", "vcpu1"}
+
+
+@pytest.fixture
+def disc(tmp_path: Path) -> Path:
+    path = tmp_path / "a disc.iso"
+    path.write_bytes(bytes(2048 * 4))
+    return path
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_islands_end_with_the_coordinator_and_the_next_start_cleans(number: signal.Signals) -> None:
+    with Machine(*CONSOLE, "-smp", "2") as machine:
+        machine.says("ready")
+        assert set(machine.roles()) == ROLES
+        machine.kill(number)
+        machine.wait()
+        until(lambda: not machine.roles(), "the end of the islands")
+        (folder,) = (machine.runtime / "atoll").glob("*-*")
+        with Machine(*CONSOLE, runtime=machine.runtime) as successor:
+            successor.says("ready")
+            assert not folder.exists()
+            successor.type(b"O")
+            assert successor.wait() == 0
+            successor.gone()
+
+
+STATE = {
+    "vcpu1": r"RIP=[0-9a-f]{16} CR3=[0-9a-f]{16} RFLAGS=[0-9a-f]{8} last exit: \w+ after \d+ instructions",
+    "vcpu0": r"RIP=00000000001[0-9a-f]{5} CR3=[0-9a-f]{16} .*last exit: \w+ after [1-9]\d* instructions",
+    "devhost0": r"\d+ accesses answered, \d+ posted writes applied, \d+ bytes of DMA",
+    "blockd": r"images: ide1-cd0=.*/a disc\.iso",
+}
+
+
+@pytest.mark.parametrize("role", STATE)
+def test_an_island_that_dies_is_named_with_its_state(role: str, disc: Path) -> None:
+    with Machine(*CONSOLE, "-smp", "2", "-cdrom", str(disc)) as machine:
+        machine.says("ready")
+        pid = machine.roles()[role]
+        os.kill(pid, signal.SIGKILL)
+        assert machine.wait() == 1
+        (line,) = machine.errors().splitlines()
+        assert re.fullmatch(
+            rf"atoll run: {role} \(pid {pid}\) was killed by SIGKILL; {STATE[role]}(; .*)?", line
+        )
+        machine.gone()
+
+
+def test_a_crash_shows_the_end_of_its_log() -> None:
+    with Machine(*CONSOLE) as machine:
+        machine.says("ready")
+        os.kill(machine.roles()["vcpu0"], signal.SIGSEGV)  # faulthandler writes its trace into the log
+        assert machine.wait() == 1
+        (line,) = machine.errors().splitlines()
+        assert "was killed by SIGSEGV" in line and "its log ends: " in line
+        machine.gone()
+
+
+def test_the_machine_outlives_its_fork_server() -> None:
+    with Machine(*CONSOLE) as machine:
+        machine.says("ready")
+        os.kill(machine.roles()["nursery"], signal.SIGKILL)
+        machine.type(b"a")
+        machine.says("got 61")
+        machine.type(b"O")
+        assert machine.wait() == 0
+        machine.gone()
+
+
+def test_an_island_dies_while_starting() -> None:
+    with with_qmp(*CONSOLE) as machine:
+        role = "blockd"
+        until(lambda: role in processes(machine.name) or machine.process.poll() is not None, role)
+        os.kill(machine.roles()[role], signal.SIGKILL)
+        assert machine.wait() == 1
+        (line,) = machine.errors().splitlines()
+        assert line.startswith(f"atoll run: {role} (pid ")
+        machine.gone()
+
+
+def test_a_stopped_device_host_holds_up_neither_queries_nor_the_end() -> None:
+    """A vCPU in the middle of an access that nobody answers is told to quit all the same."""
+    with with_qmp(*CONSOLE) as machine, machine.qmp() as monitor:
+        machine.says("ready")
+        machine.type(b"I")
+        machine.says("got 49")
+        os.kill(machine.roles()["devhost0"], signal.SIGSTOP)
+        assert monitor.cmd("query-status")["running"]
+        assert "CPU #0" in monitor.cmd("human-monitor-command", **{"command-line": "info cpus"})
+        monitor.cmd("quit")
+        assert machine.wait() == 0
+        machine.gone()
+
+
+def test_quit_is_obeyed_while_a_command_waits() -> None:
+    """Two sessions: one's stop waits for a device host that does not answer, the other's quit does not."""
+    with with_qmp(*CONSOLE, "-monitor", "none") as machine, machine.qmp() as monitor:
+        machine.says("ready")
+        os.kill(machine.roles()["devhost0"], signal.SIGSTOP)
+        with socket.socket(socket.AF_UNIX):
+            machine.kill(signal.SIGTERM)
+        assert machine.wait() == 0
+        assert monitor is not None
+        machine.gone()
+
+
+# ---- what processes look like ---------------------------------------------------------------------------
+def test_descriptors_of_islands(disc: Path, tmp_path: Path) -> None:
+    """Islands have the segment, their sockets and their log; nothing of the terminal, no client."""
+    serial = tmp_path / "serial"
+    with with_qmp("-serial", f"file:{serial}", "-smp", "2", "-cdrom", str(disc)) as machine:
+        until(lambda: serial.exists() and b"ready" in serial.read_bytes(), "the guest")
+        roles = machine.roles()
+        ours = {os.readlink(f"/proc/{machine.process.pid}/fd/{n}") for n in (0, 1, 2)}
+        for role in ROLES - {"nursery"}:
+            targets = {}
+            for entry in Path(f"/proc/{roles[role]}/fd").iterdir():
+                targets[int(entry.name)] = os.readlink(entry)
+            assert targets[0] == "/dev/null"
+            assert targets[1] == targets[2] and targets[1].endswith(f"/{role}.log")
+            assert not ours & set(targets.values())
+            assert ("/memfd:atoll-segment (deleted)" in targets.values()) == (role != "blockd")
+            files = {
+                name for name in targets.values() if name.startswith("/") and not name.startswith("/memfd")
+            }
+            expected = {"/dev/null", targets[1], *([str(disc)] if role == "blockd" else [])}
+            assert files == expected
+        assert len(list(Path(f"/proc/{roles['nursery']}/task").iterdir())) == 1  # a fork of it is safe
+
+
+def test_the_runtime_folder_is_private() -> None:
+    with Machine(*CONSOLE) as machine:
+        machine.says("ready")
+        for folder in (machine.runtime / "atoll", *(machine.runtime / "atoll").glob("*-*")):
+            assert folder.stat().st_mode & 0o777 == 0o700
+        machine.type(b"O")
+        assert machine.wait() == 0
