@@ -1,4 +1,5 @@
-"""The two sides: the oracle process on the host's CPU, and a vCPU of ours in a machine that looks the same to user mode."""
+"""The two sides: the oracle process on the host's CPU, and a vCPU of ours in a machine that looks the same
+to user mode."""
 
 from __future__ import annotations
 
@@ -46,13 +47,27 @@ class Oracle:
         self.folder = tempfile.TemporaryDirectory()
         path = Path(self.folder.name)
         program, shared = path / "oracle", path / "cases"
-        subprocess.run(["gcc", "-O2", "-Wall", "-Wextra", "-fno-stack-protector", "-o", str(program), str(FOLDER / "oracle.c")], check=True)
+        subprocess.run(
+            [
+                "gcc",
+                "-O2",
+                "-Wall",
+                "-Wextra",
+                "-fno-stack-protector",
+                "-o",
+                str(program),
+                str(FOLDER / "oracle.c"),
+            ],
+            check=True,
+        )
         size = layout().sizeof("struct test_case") * batch
         with open(shared, "w+b") as file:
             os.ftruncate(file.fileno(), size)
             self._map = mmap.mmap(file.fileno(), size)
         self.cases: Any = layout().from_buffer(f"struct test_case[{batch}]", self._map)
-        self.process = subprocess.Popen([str(program), str(shared), str(batch)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.process = subprocess.Popen(
+            [str(program), str(shared), str(batch)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
         self.features = self._word()
 
     def _word(self) -> int:
@@ -76,7 +91,16 @@ class Oracle:
 
 
 TABLES, GDT, LDT, IDT, TSS, HANDLERS, CODE_GPA, DATA_GPA, STACK = (
-    0x1000, 0x8000, 0x8800, 0x9000, 0xA000, 0xB000, 0x10000, 0x20000, 0x30000)
+    0x1000,
+    0x8000,
+    0x8800,
+    0x9000,
+    0xA000,
+    0xB000,
+    0x10000,
+    0x20000,
+    0x30000,
+)
 RAM = 1 << 20
 BUDGET, EXIT_DEBUG = 100_000, 6
 LDT_SELECTOR, TSS_SELECTOR = 0x80, 0x90
@@ -130,18 +154,32 @@ class Ours:
         self._put(TABLES + (SUPERVISOR >> 39 & 511) * 8, TABLES + 0x5000 | 3)
         self._put(TABLES + 0x5000 + (SUPERVISOR >> 30 & 511) * 8, TABLES + 0x6000 | 3)
         self._put(TABLES + 0x6000 + (SUPERVISOR >> 21 & 511) * 8, 0x83)
-        for linear, gpa, size, table in ((CODE_LINEAR, CODE_GPA, CODE_SIZE, 0x3000), (DATA_LINEAR, DATA_GPA, DATA_SIZE, 0x4000)):
+        for linear, gpa, size, table in (
+            (CODE_LINEAR, CODE_GPA, CODE_SIZE, 0x3000),
+            (DATA_LINEAR, DATA_GPA, DATA_SIZE, 0x4000),
+        ):
             self._put(TABLES + 0x2000 + 8 * (linear >> 21), TABLES + table | user)
             for offset in range(0, size, 4096):
                 rights = 5 if linear == DATA_LINEAR and offset == READONLY else 7
-                self._put(TABLES + table + 8 * (offset >> 12), gpa + offset | rights | (1 << 63 if linear == DATA_LINEAR else 0))
+                self._put(
+                    TABLES + table + 8 * (offset >> 12),
+                    gpa + offset | rights | (1 << 63 if linear == DATA_LINEAR else 0),
+                )
         flat = 0xFFFFF
-        for selector, value in ((0x08, descriptor(0, flat, 0xC09B)), (0x10, descriptor(0, flat, 0xA09B)),
-                                (0x18, descriptor(0, flat, 0xC093)), (USER32, descriptor(0, flat, 0xC0FB)),
-                                (USER_DATA, descriptor(0, flat, 0xC0F3)), (USER64, descriptor(0, flat, 0xA0FB)),
-                                (LDT_SELECTOR, descriptor(LDT, 0xF, 0x82)), (TSS_SELECTOR, descriptor(TSS, 0x67, 0x8B))):
+        for selector, value in (
+            (0x08, descriptor(0, flat, 0xC09B)),
+            (0x10, descriptor(0, flat, 0xA09B)),
+            (0x18, descriptor(0, flat, 0xC093)),
+            (USER32, descriptor(0, flat, 0xC0FB)),
+            (USER_DATA, descriptor(0, flat, 0xC0F3)),
+            (USER64, descriptor(0, flat, 0xA0FB)),
+            (LDT_SELECTOR, descriptor(LDT, 0xF, 0x82)),
+            (TSS_SELECTOR, descriptor(TSS, 0x67, 0x8B)),
+        ):
             self._put(GDT + (selector & ~7), value)
-        self._put(LDT, descriptor(CODE_LINEAR, 0xFFFF, 0x00FB), descriptor(DATA_LINEAR, DATA_SIZE - 1, 0x00F3))
+        self._put(
+            LDT, descriptor(CODE_LINEAR, 0xFFFF, 0x00FB), descriptor(DATA_LINEAR, DATA_SIZE - 1, 0x00F3)
+        )
         for vector in range(256):
             at = SUPERVISOR + HANDLERS + vector
             self._put(IDT + 16 * vector, gate(0x10, at, 0xE, dpl=3 if vector in (3, 4) else 0), at >> 32)
@@ -155,29 +193,45 @@ class Ours:
         arch = self.arch
         arch.gdtr.base, arch.gdtr.limit = SUPERVISOR + GDT, 0x9F
         arch.idtr.base, arch.idtr.limit = SUPERVISOR + IDT, 0xFFF
-        for reg, selector, base, limit, attr in ((arch.ldtr, LDT_SELECTOR, SUPERVISOR + LDT, 0xF, 0x82), (arch.tr, TSS_SELECTOR, SUPERVISOR + TSS, 0x67, 0x8B)):
+        for reg, selector, base, limit, attr in (
+            (arch.ldtr, LDT_SELECTOR, SUPERVISOR + LDT, 0xF, 0x82),
+            (arch.tr, TSS_SELECTOR, SUPERVISOR + TSS, 0x67, 0x8B),
+        ):
             reg.selector, reg.base, reg.limit, reg.attr = selector, base, limit, attr
         # PG AM WP NE ET MP PE; OSXSAVE FSGSBASE OSXMMEXCPT OSFXSR PGE PAE; NXE LMA LME SCE
         arch.cr0, arch.cr3, arch.cr4, arch.efer = 0x80050033, TABLES, 0x506A0 | 0x600, 0xD01
 
     def _segment(self, index: int, selector: int, base: int = 0) -> None:
         seg = self.arch.seg[index]
-        values = {USER32: (0, 0xFFFFFFFF, 0xC0FB), USER_DATA: (0, 0xFFFFFFFF, 0xC0F3), USER64: (0, 0xFFFFFFFF, 0xA0FB),
-                  LDT_CODE16: (CODE_LINEAR, 0xFFFF, 0x00FB), LDT_DATA: (DATA_LINEAR, DATA_SIZE - 1, 0x00F3)}
+        values = {
+            USER32: (0, 0xFFFFFFFF, 0xC0FB),
+            USER_DATA: (0, 0xFFFFFFFF, 0xC0F3),
+            USER64: (0, 0xFFFFFFFF, 0xA0FB),
+            LDT_CODE16: (CODE_LINEAR, 0xFFFF, 0x00FB),
+            LDT_DATA: (DATA_LINEAR, DATA_SIZE - 1, 0x00F3),
+        }
         seg.selector = selector
         seg.base, seg.limit, seg.attr = values.get(selector, (base, 0, 0))
 
     def run(self, case: Any, after: Any) -> tuple[int, int]:
-        """Runs the case; the state behind it goes to `after`. Returns (vector, error code); data is in the guest's memory."""
+        """Runs the case; the state behind it goes to `after`. Returns (vector, error code); data is in the
+        guest's memory."""
         arch, before = self.arch, case.before
         core_ffi.memmove(self.data, self.background, DATA_SIZE)
         for patch in case.patch:
             if patch.size:
                 core_ffi.memmove(self.data + patch.at, layout().buffer(patch.bytes), patch.size)
-        self.segment.dma_write(CODE_GPA + case.code_at, layout().buffer(case.code)[0:case.code_size])
+        self.segment.dma_write(CODE_GPA + case.code_at, layout().buffer(case.code)[0 : case.code_size])
         core_ffi.memmove(self.gpr, layout().buffer(before.gpr), 128)
         arch.rip, arch.rflags, arch.cpl = before.rip, before.rflags, 3
-        for index, selector in ((0, before.es), (1, before.cs), (2, before.ss), (3, before.ds), (4, before.fs), (5, before.gs)):
+        for index, selector in (
+            (0, before.es),
+            (1, before.cs),
+            (2, before.ss),
+            (3, before.ds),
+            (4, before.fs),
+            (5, before.gs),
+        ):
             self._segment(index, selector)
         arch.seg[4].base, arch.seg[5].base = before.fs_base, before.gs_base
         arch.inhibit = 0
@@ -192,9 +246,11 @@ class Ours:
         stack = arch.gpr[4] - SUPERVISOR
         error = 0
         if stack == STACK - 48:
-            error, = struct.unpack("<Q", self.ram[stack:stack + 8].tobytes())
+            (error,) = struct.unpack("<Q", self.ram[stack : stack + 8].tobytes())
             stack += 8
-        after.rip, after.cs, after.rflags, after.gpr[4], after.ss = struct.unpack("<5Q", self.ram[stack:stack + 40].tobytes())
+        after.rip, after.cs, after.rflags, after.gpr[4], after.ss = struct.unpack(
+            "<5Q", self.ram[stack : stack + 40].tobytes()
+        )
         after.ds, after.es, after.fs, after.gs = (arch.seg[i].selector for i in (3, 0, 4, 5))
         after.fs_base, after.gs_base = arch.seg[4].base, arch.seg[5].base
         self._store_fpu(np.frombuffer(layout().buffer(after.fx), np.uint8))
@@ -210,6 +266,6 @@ class Ours:
     def _store_fpu(self, fx: Any) -> None:
         fpu = self.arch.fpu
         fx[0:8] = np.frombuffer(struct.pack("<HHBxH", fpu.cw, fpu.sw, fpu.tag_valid, fpu.fop), np.uint8)
-        fx[FX_MXCSR:FX_MXCSR + 4] = np.frombuffer(struct.pack("<I", fpu.mxcsr), np.uint8)
+        fx[FX_MXCSR : FX_MXCSR + 4] = np.frombuffer(struct.pack("<I", fpu.mxcsr), np.uint8)
         fx[FX_ST:FX_XMM] = self.fpr[self.order[fpu.sw >> 11 & 7]].reshape(128)
         fx[FX_XMM:FX_END] = self.xmm.reshape(256)

@@ -12,7 +12,6 @@ from tests.vcpu.differential import special, values
 from tests.vcpu.differential.encode import Encoder, Instance, sequence, sequential
 from tests.vcpu.differential.machine import (
     BATCH,
-    CODE_LINEAR,
     CODE_SIZE,
     DATA_LINEAR,
     DATA_SIZE,
@@ -20,18 +19,18 @@ from tests.vcpu.differential.machine import (
     GS_BASE,
     HOST_FSGSBASE,
     HOST_LDT,
+    USER_DATA,
     Lost,
     Oracle,
     Ours,
-    USER_DATA,
     core_ffi,
     layout,
 )
-from tests.vcpu.differential.shapes import BP, GP, MODES, PF, STATE_BYTES, Shape, shapes
+from tests.vcpu.differential.shapes import BP, MODES, PF, STATE_BYTES, Shape, shapes
 
 NAMES = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{i}" for i in range(8, 16)))
-VISIBLE = 0x50FD5                  # RFLAGS that are compared: status, DF, TF, IF, RF, AC
-USER_TOP = (1 << 47) - 4096        # Linux reports P for addresses from here on, whatever is there
+VISIBLE = 0x50FD5  # RFLAGS that are compared: status, DF, TF, IF, RF, AC
+USER_TOP = (1 << 47) - 4096  # Linux reports P for addresses from here on, whatever is there
 CPUINFO = {"SSE3": "pni", "SSE4.1": "sse4_1", "SSE4.2": "sse4_2", "RDRND": "rdrand"}
 
 
@@ -45,18 +44,23 @@ def fill(case: Any, instance: Instance) -> None:
     before = case.before
     before.gpr = instance.gpr
     before.rip, before.rflags = instance.rip, instance.rflags
-    before.cs, before.ss, before.ds, before.es = instance.cs, USER_DATA, instance.data_segment, instance.data_segment
+    before.cs, before.ss, before.ds, before.es = (
+        instance.cs,
+        USER_DATA,
+        instance.data_segment,
+        instance.data_segment,
+    )
     before.fs = before.gs = 0
     before.fs_base, before.gs_base = FS_BASE, GS_BASE
     fx = instance.fx or values.PLAIN_FX
     layout().memmove(before.fx, fx, len(fx))
-    patches = instance.patches[:len(case.patch)]
+    patches = instance.patches[: len(case.patch)]
     for i, patch in enumerate(case.patch):
         patch.size = 0
         if i < len(patches):
             patch.at, patch.size = patches[i][0], len(patches[i][1])
             layout().memmove(patch.bytes, patches[i][1], patch.size)
-    code = instance.code[:CODE_SIZE - instance.code_at]
+    code = instance.code[: CODE_SIZE - instance.code_at]
     case.code_at, case.code_size = instance.code_at, len(code)
     layout().memmove(case.code, code, len(code))
 
@@ -70,7 +74,7 @@ def _words(instance: Instance, host: Any, ours: Any, vector: int) -> Iterator[st
     for name in ("rip", "cs", "ss", "ds", "es", "fs", "gs"):
         if getattr(host, name) != getattr(ours, name):
             yield f"{name}: host {getattr(host, name):#x}, ours {getattr(ours, name):#x}"
-    for name in ("fs", "gs"):                      # a null selector clears the base on Intel's CPUs only
+    for name in ("fs", "gs"):  # a null selector clears the base on Intel's CPUs only
         base = f"{name}_base"
         changed = host.fs | host.gs or instance.shape.row.mnemonic.endswith("BASE")
         if changed and getattr(host, base) != getattr(ours, base):
@@ -88,28 +92,39 @@ def _fault(instance: Instance, case: Any, vector: int, error: int, cr2: int) -> 
     # Which byte of a long operand is named, and in which order CMPS, RETF and IRET read, is the CPU's choice
     mnemonic = instance.shape.row.mnemonic
     shift = 12 if mnemonic in STATE_BYTES else 0
-    if vector == case.vector == PF and case.cr2 >> shift != cr2 >> shift and mnemonic not in ("CMPS", "RETF", "IRET"):
+    if (
+        vector == case.vector == PF
+        and case.cr2 >> shift != cr2 >> shift
+        and mnemonic not in ("CMPS", "RETF", "IRET")
+    ):
         yield f"cr2: host {case.cr2:#x}, ours {cr2:#x}"
 
 
 def _memory(instance: Instance, case: Any, ours: Ours, vector: int) -> Iterator[str]:
-    # Below a stack pointer that a fault left alone the hosts may have stored: Intel's the return address of a call whose
-    # target is bad, any the first items of several
+    # Below a stack pointer that a fault left alone the hosts may have stored: Intel's the return address of
+    # a call whose target is bad, any the first items of several
     if vector != BP and instance.shape.row.mnemonic in ("CALL", "CALLF", "ENTER", "PUSHA"):
         return
     mine, host = core_ffi.buffer(ours.data, DATA_SIZE)[:], layout().buffer(case.data)[:]
     if mine != host:
         at = next(i for i in range(DATA_SIZE) if mine[i] != host[i])
-        yield f"memory at {DATA_LINEAR + at:#x}: host {host[at:at + 16].hex(' ')}, ours {mine[at:at + 16].hex(' ')}"
+        there, here = host[at : at + 16].hex(" "), mine[at : at + 16].hex(" ")
+        yield f"memory at {DATA_LINEAR + at:#x}: host {there}, ours {here}"
 
 
 def _vectors(instance: Instance, host: Any, ours: Any, mmx_fault: bool) -> Iterator[str]:
-    """Differences of x87, MMX and XMM; neither FOP nor the pointers, which depend on the maker and on what is unmasked."""
+    """Differences of x87, MMX and XMM; neither FOP nor the pointers, which depend on the maker and on what
+    is unmasked."""
     a, b = layout().buffer(host.fx)[:], layout().buffer(ours.fx)[:]
     parts = [("mxcsr", 24, 28), *((f"xmm{i}", 160 + 16 * i, 176 + 16 * i) for i in range(16))]
     # An MMX instruction that faults has on some hosts already made the x87 registers MMX registers
     if not mmx_fault:
-        parts += [("fcw", 0, 2), ("fsw", 2, 4), ("ftw", 4, 5), *((f"st{i}", 32 + 16 * i, 42 + 16 * i) for i in range(8))]
+        parts += [
+            ("fcw", 0, 2),
+            ("fsw", 2, 4),
+            ("ftw", 4, 5),
+            *((f"st{i}", 32 + 16 * i, 42 + 16 * i) for i in range(8)),
+        ]
     for name, begin, end in parts:
         if a[begin:end] != b[begin:end]:
             yield f"{name}: host {a[begin:end][::-1].hex()}, ours {b[begin:end][::-1].hex()}"
@@ -117,8 +132,11 @@ def _vectors(instance: Instance, host: Any, ours: Any, mmx_fault: bool) -> Itera
 
 def describe(instance: Instance) -> str:
     registers = " ".join(f"{name}={value:x}" for name, value in zip(NAMES, instance.gpr, strict=True))
-    return (f"{instance.shape.key}\n  [{instance.code.hex(' ')}] at {instance.rip:#x}, rflags {instance.rflags:#x}, operand at "
-            f"{instance.target:#x}, ds {instance.data_segment:#x}\n  {registers}")
+    return (
+        f"{instance.shape.key}\n"
+        f"  [{instance.code.hex(' ')}] at {instance.rip:#x}, rflags {instance.rflags:#x}, operand at "
+        f"{instance.target:#x}, ds {instance.data_segment:#x}\n  {registers}"
+    )
 
 
 @dataclass
@@ -142,7 +160,8 @@ class Coverage:
         rows: dict[str, frozenset[int]] = {}
         for shape in wanted:
             if not self.by_shape.get(shape.key, set()) & shape.ends:
-                lines.append(f"{shape.key}: no case of {len(self.by_shape.get(shape.key, ()))} vectors ended as it should")
+                seen = sorted(self.by_shape.get(shape.key, ()))
+                lines.append(f"{shape.key}: never ended as it should, only with {seen}")
             rows[shape.row.key] = rows.get(shape.row.key, frozenset()) | shape.faults
         for key, faults in rows.items():
             absent = faults - self.by_row.get(key, set())
@@ -163,8 +182,11 @@ class Suite:
         self.lacking = sorted({shape.row.key for shape in everything if not self._known(shape, flags)})
         self.coverage = Coverage()
         self._after = layout().new("struct state *")
-        self._sequences = [[s for s in self.shapes if s.bits == bits and s.row.source in sources and sequential(s)]
-                           for bits in modes for sources in (("integer.tab",), ("sse.tab", "integer.tab"), ("x87.tab",), ("sse.tab",))]
+        self._sequences = [
+            [s for s in self.shapes if s.bits == bits and s.row.source in sources and sequential(s)]
+            for bits in modes
+            for sources in (("integer.tab",), ("sse.tab", "integer.tab"), ("x87.tab",), ("sse.tab",))
+        ]
 
     def _known(self, shape: Shape, flags: frozenset[str]) -> bool:
         name = shape.row.values.get("cpuid", "")
@@ -212,10 +234,16 @@ class Suite:
             return [f"ours: {lost}"]
         cr2 = self.ours.arch.cr2
         mmx_fault = vector != BP and instance.shape.row.source != "x87.tab"
-        return [*_fault(instance, case, vector, error, cr2), *_words(instance, case.after, after, vector),
-                *_memory(instance, case, self.ours, vector), *_vectors(instance, case.after, after, mmx_fault)]
+        return [
+            *_fault(instance, case, vector, error, cr2),
+            *_words(instance, case.after, after, vector),
+            *_memory(instance, case, self.ours, vector),
+            *_vectors(instance, case.after, after, mmx_fault),
+        ]
 
-    def batches(self, seed: int, begin: int, end: int, sequences: bool = False) -> Iterator[list[tuple[int, str]]]:
+    def batches(
+        self, seed: int, begin: int, end: int, sequences: bool = False
+    ) -> Iterator[list[tuple[int, str]]]:
         """Runs cases begin to end - 1 of a seed; yields what differs, by number, a batch at a time."""
         make = self.several if sequences else self.instance
         for first in range(begin, end, BATCH):

@@ -1,4 +1,5 @@
-"""Each row of the opcode table against the host's CPU. More of it, or one failure again: python -m tests.vcpu.differential."""
+"""Each row of the opcode table against the host's CPU. More of it, or one failure again: python -m
+tests.vcpu.differential."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def differing(suite: Suite, cases: int, sequences: bool) -> str:
         found += batch
         if len(found) >= 5:
             break
-    again = f"python -m tests.vcpu.differential --seed {SEED} --cases 1 {'--sequences ' if sequences else ''}--start"
+    kind = "--sequences " if sequences else ""
+    again = f"python -m tests.vcpu.differential --seed {SEED} --cases 1 {kind}--start"
     return "\n".join(f"{text}\n  again: {again} {number}" for number, text in found[:5])
 
 
@@ -47,7 +49,8 @@ def test_single_instructions(suite: Suite) -> None:
 
 @pytest.mark.timeout(600)
 def test_sequences(suite: Suite) -> None:
-    """Flags that no one reads are not computed, host instructions share stubs, blocks are chained: one cannot tell."""
+    """Flags that no one reads are not computed, host instructions share stubs, blocks are chained: one
+    cannot tell."""
     text = differing(suite, SEQUENCES, sequences=True)
     assert not text, text
 
@@ -62,6 +65,8 @@ def test_rows_left_out() -> None:
 def test_a_row_that_no_case_reaches_is_told(suite: Suite) -> None:
     shape = next(shape for shape in suite.shapes if shape.row.mnemonic == "DIV")
     empty = type(suite.coverage)()
-    assert empty.missing([shape]) == [f"{shape.key}: no case of 0 vectors ended as it should",
-                                      f"{shape.row.key}: exceptions not raised: {sorted(shape.faults)}"]
+    assert empty.missing([shape]) == [
+        f"{shape.key}: never ended as it should, only with []",
+        f"{shape.row.key}: exceptions not raised: {sorted(shape.faults)}",
+    ]
     assert optable.load()[0].key in {shape.row.key for shape in suite.shapes}
