@@ -55,6 +55,8 @@ class Bus:
         self.segment = segment
         self.host = host
         self.slots: dict[int, Slot] = {}
+        #: every window at a port, and the one that answers
+        self._claims: dict[int, list[Window]] = {}
         self._ports: dict[int, Window] = {}
         self._memory: list[Window] = []
         self.inta: Callable[[], int] | None = None
@@ -70,28 +72,34 @@ class Bus:
         return slot
 
     def map_ports(self, slot: Slot, base: int, range_name: str = "main", size: int | None = None) -> None:
-        """Answer ports ``base`` and up with the device's range; what was mapped there before is covered. A
+        """Answer ports ``base`` and up with the device's range; where several do, the device added last. A
         vCPU that runs is sure to see it after ``segment.republish_map``."""
-        registers = slot.device.ranges[range_name]
-        window = Window(slot, base, size or registers.size, range_name)
-        for offset in range(window.size):
-            self._ports[base + offset] = window
-            register = registers.at(offset)
-            index = self._descriptor(slot, range_name, register or Register("unused", offset), offset)
-            self.segment.ports[base + offset] = index
+        window = Window(slot, base, size or slot.device.ranges[range_name].size, range_name)
+        for port in range(base, base + window.size):
+            self._claims.setdefault(port, []).append(window)
+            self._show_port(port)
 
     def move_ports(self, slot: Slot, base: int | None, range_name: str) -> None:
         """Answer at another base, or nowhere; whoever calls publishes the map."""
-        mapped = [
-            port
-            for port, window in self._ports.items()
-            if window.slot is slot and window.range_name == range_name
-        ]
-        for port in mapped:
-            del self._ports[port]
-            self.segment.ports[port] = 0
+        for port, claims in list(self._claims.items()):
+            kept = [window for window in claims if window.slot is not slot or window.range_name != range_name]
+            if len(kept) < len(claims):
+                self._claims[port] = kept
+                self._show_port(port)
         if base is not None:
             self.map_ports(slot, base, range_name)
+
+    def _show_port(self, port: int) -> None:
+        """The window on top answers."""
+        if not self._claims[port]:
+            del self._claims[port], self._ports[port]
+            self.segment.ports[port] = 0
+            return
+        window = max(self._claims[port], key=lambda window: (window.slot.id, window.range_name))
+        self._ports[port] = window
+        offset = port - window.base
+        register = window.slot.device.ranges[window.range_name].at(offset) or Register("unused", offset)
+        self.segment.ports[port] = self._descriptor(window.slot, window.range_name, register, offset)
 
     def map_memory(self, slot: Slot, gpa: int, size: int, range_name: str = "main") -> tuple[int, int]:
         """Answer addresses ``gpa`` and up; returns (first_reg, regs) for the region in the memory map."""

@@ -6,10 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from coordinator.contract import messages
 from coordinator.contract.config import Drive as DriveConfig
-from coordinator.contract.config import Media, nbd_socket
+from coordinator.contract.config import Media
 from coordinator.contract.errors import BlockError
-from devhost.block_backend import NbdBackend
-from devhost.block_client import BlockClient
 from devhost.bus import Slot
 from devhost.ide.ata import AtaDrive
 from devhost.ide.atapi import AtapiDrive
@@ -47,7 +45,7 @@ class Drives:
         self.function = Piix3Ide(self._decoded, self._moved, self._granted)
 
     def _make(self, config: DriveConfig) -> AtaDrive | AtapiDrive:
-        backend = self._open(config.id) if config.file is not None else None
+        backend = self._service.open_block_device(config.id) if config.file is not None else None
         drive: AtaDrive | AtapiDrive
         if config.media is Media.CDROM:
             drive = AtapiDrive(
@@ -66,13 +64,6 @@ class Drives:
             slot = self._slot_of[ident]
             backend.completed = self.by_id[ident].complete
             backend.settled = lambda: self._bus.publish(slot)
-
-    def _open(self, ident: str) -> NbdBackend:
-        client = BlockClient(nbd_socket(self._service.config.runtime), ident)
-        client.connect()
-        backend = NbdBackend(client)
-        self._service.backends[ident] = backend
-        return backend
 
     def _tray(self, ident: str, is_open: bool) -> None:
         self._service.control.notify(messages.TrayMoved(drive=ident, open=is_open))
@@ -117,7 +108,7 @@ class Drives:
         """A medium that blockd exports now, or none."""
         drive = self._cd(config.id)
         old = self._service.backends.get(config.id)
-        backend = self._open(config.id) if config.file is not None else None
+        backend = self._service.open_block_device(config.id) if config.file is not None else None
         if backend is None:
             self._service.backends.pop(config.id, None)
         drive.insert(backend)

@@ -23,11 +23,12 @@ import zmq
 from coordinator.contract import messages
 from coordinator.contract.clock import NS_PER_S, Timer, TimerWheel
 from coordinator.contract.codec import encode
-from coordinator.contract.config import DevhostConfig, bus_endpoint
+from coordinator.contract.config import DevhostConfig, bus_endpoint, nbd_socket
 from coordinator.contract.errors import AtollError, IslandError, MessageError
 from coordinator.contract.island import Control, router
 from coordinator.contract.segment import Segment
 from devhost.block_backend import NbdBackend
+from devhost.block_client import BlockClient
 from devhost.bus import Bus
 from devhost.outlet import Outlet
 
@@ -68,6 +69,13 @@ class Service:
         self.backends: dict[str, NbdBackend] = {}
         self._counters = segment.host(config.index)
         self._running = True
+
+    def open_block_device(self, ident: str) -> NbdBackend:
+        """Connect to the block daemon's export ``ident``; the loop serves it from now on."""
+        client = BlockClient(nbd_socket(self.config.runtime), ident)
+        client.connect()
+        backend = self.backends[ident] = NbdBackend(client)
+        return backend
 
     # ---- the loop --------------------------------------------------------------------------------
     def run(self) -> None:

@@ -11,7 +11,7 @@ from coordinator.contract.config import Rtc
 
 
 def wall_clock(rtc: Rtc, guest_now: Callable[[], int]) -> Callable[[], int]:
-    """A function that gives ns since 1970, following the host's clock or guest time from now on."""
+    """A function that gives ns since 1970, following the host's clock or guest time (which is 0 at power-on)."""
     start = time.time_ns()
     if rtc.base == "localtime":
         offset = datetime.now().astimezone().utcoffset()
@@ -21,7 +21,6 @@ def wall_clock(rtc: Rtc, guest_now: Callable[[], int]) -> Callable[[], int]:
         moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
         start = int(moment.timestamp()) * NS_PER_S
     if rtc.clock == "vm":
-        begun = guest_now()
-        return lambda: start + guest_now() - begun
+        return lambda: start + guest_now()
     begun = time.monotonic_ns()
     return lambda: start + time.monotonic_ns() - begun

@@ -142,6 +142,7 @@ class Vga(Device):
         self.dac_mask, self.dac_state = 0xFF, 0
         self.dac_read = self.dac_write = self.dac_component = 0
         self.palette = np.zeros((256, 3), np.uint8)
+        self.planes.latches = np.zeros(4, np.uint8)
         self.vbe = Dispi(self.linear.size)
         self._show_window()
 
@@ -191,7 +192,7 @@ class Vga(Device):
         if range_name == "window":
             self._memory_write(offset, value & 0xFF)
         elif range_name == "vbe":
-            self._vbe_write(offset, value)
+            self._vbe_write(offset, value & 0xFFFF)
         elif range_name == "mmio":
             self._mmio_write(offset, width, value)
         elif width == 2:

@@ -129,11 +129,20 @@ def test_moving_keeps_the_descriptors(rig: Rig) -> None:
     assert rig.segment.ports[0x304] == 0
 
 
-def test_the_last_mapped_covers(rig: Rig) -> None:
+def test_the_device_added_last_covers_and_gives_back(rig: Rig) -> None:
+    """Whichever of the two comes to the ports first."""
     other = rig.bus.add(Sample([]), "cover")
     rig.bus.map_ports(other, 0x301, size=1)
-    assert rig.descriptor(0x301).device == other.id and rig.descriptor(0x300).device == rig.slot.id
-    assert rig.descriptor(0x302).device == rig.slot.id
+    assert [rig.descriptor(port).device for port in (0x300, 0x301, 0x302)] == [
+        rig.slot.id,
+        other.id,
+        rig.slot.id,
+    ]
+    rig.bus.move_ports(rig.slot, 0x2FD, "main")
+    rig.bus.move_ports(rig.slot, 0x300, "main")
+    assert rig.descriptor(0x301).device == other.id
+    rig.bus.move_ports(other, None, "main")
+    assert rig.descriptor(0x301).device == rig.slot.id
 
 
 def test_memory_ranges_get_consecutive_descriptors(rig: Rig) -> None:

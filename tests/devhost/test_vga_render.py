@@ -8,8 +8,21 @@ import pytest
 from devhost.vga import mode3
 from devhost.vga.render import render
 from tests.devhost.test_vga import (
-    ATTRIBUTE, BPP, CRTC, DAC_DATA, DAC_WRITE, ENABLE, LINEAR, SEQ, STATUS, VIRT_WIDTH,
-    X_OFFSET, XRES, Y_OFFSET, YRES, Card,
+    ATTRIBUTE,
+    BPP,
+    CRTC,
+    DAC_DATA,
+    DAC_WRITE,
+    ENABLE,
+    LINEAR,
+    SEQ,
+    STATUS,
+    VIRT_WIDTH,
+    X_OFFSET,
+    XRES,
+    Y_OFFSET,
+    YRES,
+    Card,
 )  # fmt: skip
 
 #: text colours of the EGA palette at 8 bits: 42 of 63 is AAh, 21 is 55h, 63 is FFh
