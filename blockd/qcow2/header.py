@@ -10,9 +10,10 @@ from __future__ import annotations
 import enum
 import errno
 import struct
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
+from blockd.hostfile import HostFile
 from coordinator.contract.errors import BlockError
 
 MAGIC = 0x514649FB
@@ -194,6 +195,21 @@ class Header:
             self.nb_snapshots,
             self.snapshots_offset,
         )
+
+
+def write_tables(host: HostFile, header: Header, **changes: Any) -> None:
+    """Change fields of the tables in the file and in ``header``, by one write, durably. After an OSError
+    ``header`` says what the file says."""
+    try:
+        host.write(TABLES_AT, replace(header, **changes).tables())
+        host.sync()
+    except OSError:
+        found = Header(0, *_V2.unpack(host.read(0, _V2.size))[4:])
+        changes = {name: getattr(found, name) for name in changes}
+        raise
+    finally:
+        for name, value in changes.items():
+            setattr(header, name, value)
 
 
 def feature_table() -> bytes:

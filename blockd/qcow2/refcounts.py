@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from blockd.hostfile import HostFile
-from blockd.qcow2.header import MAX_REFCOUNT_TABLE, TABLES_AT, Header
+from blockd.qcow2.header import MAX_REFCOUNT_TABLE, Header, write_tables
 
 Clusters = npt.NDArray[np.int64]
 Counts = npt.NDArray[np.unsignedinteger]
@@ -312,9 +312,15 @@ class Refcounts:
         self._file.sync()
         old = self._header.refcount_table_offset // size
         old_clusters = self._header.refcount_table_clusters
-        self._header.refcount_table_offset = start * size
-        self._header.refcount_table_clusters = table_clusters
-        self._file.write(TABLES_AT, self._header.tables())
-        self._file.sync()
+        try:
+            write_tables(
+                self._file,
+                self._header,
+                refcount_table_offset=start * size,
+                refcount_table_clusters=table_clusters,
+            )
+        except OSError:
+            self.reload()
+            raise
         self.table = table
         self.change(np.arange(old, old + old_clusters), -1)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from blockd.qcow2.header import MAX_L1_BYTES, MAX_REFCOUNT_TABLE, TABLES_AT
+from blockd.qcow2.header import MAX_L1_BYTES, MAX_REFCOUNT_TABLE, write_tables
 from blockd.qcow2.refcounts import encode, runs_of
 from blockd.qcow2.snapshots import Snapshot
 from blockd.qcow2.tables import COMPRESSED, COPIED, OFFSET, Entries
@@ -97,15 +97,22 @@ def switch(
     image.host.resize(max(image.host.size(), space.end << bits))
     image.host.sync()
 
-    header.l1_table_offset, header.l1_size, header.size = l1_at << bits, len(l1), size
-    header.snapshots_offset = snapshots_at << bits if known else 0
-    header.nb_snapshots = len(known)
-    header.refcount_table_offset, header.refcount_table_clusters = table_at << bits, table_clusters
-    image.host.write(TABLES_AT, header.tables())
-    image.host.sync()
-    image.size = size
-    refcounts.reload()
-    image.mapping.reload()
+    try:
+        write_tables(
+            image.host,
+            header,
+            size=size,
+            l1_size=len(l1),
+            l1_table_offset=l1_at << bits,
+            refcount_table_offset=table_at << bits,
+            refcount_table_clusters=table_clusters,
+            nb_snapshots=len(known),
+            snapshots_offset=snapshots_at << bits if known else 0,
+        )
+    finally:
+        image.size = header.size
+        refcounts.reload()
+        image.mapping.reload()
     _discard(image, old_counts, counts)
 
 

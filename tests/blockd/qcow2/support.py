@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def read(image: Image, offset: int = 0, length: int | None = None) -> bytes:
 def qemu_check(file: str, leaks_allowed: bool = False) -> dict[str, Any]:
     """qemu-img finds nothing wrong (3 is leaks only)."""
     told = run_tool("qemu-img", "check", "--output=json", file, status=None)
-    report: dict[str, Any] = json.loads(told[: told.rindex("}") + 1])
+    report: dict[str, Any] = json.loads(told[told.index("{") : told.rindex("}") + 1])
     assert not report.get("corruptions") and not report["check-errors"], told
     assert leaks_allowed or not report.get("leaks"), told
     return report
@@ -55,6 +56,8 @@ class Model:
         self.snapshots: dict[str, bytes] = {}
         self.cluster_size = cluster_size
         self._named = 0
+        #: what the last step may have changed
+        self.touched = (0, 0)
 
     def span(self, rnd: random.Random) -> tuple[int, int]:
         length = min(rnd.choice([512, 1536, 4096, 65536, 100 * 512, 1 << 20]), len(self.data))
@@ -74,38 +77,62 @@ class Model:
         return f"snap{self._named}"
 
 
-def ours(image: Qcow2Image, model: Model, rnd: random.Random, whole: bool = True) -> None:
-    """One random operation on the image and the model; ``whole`` allows snapshots and resizes."""
+#: something to be done to an image
+Step = Callable[[Qcow2Image], None]
+
+
+def step(model: Model, rnd: random.Random, whole: bool = True, discards: bool = True) -> Step:
+    """One random operation: done to the model now, and returned to be done to an image. ``whole`` allows
+    snapshots and resizes; ``discards`` is False where a discard would bring the backing file to light."""
     choice = rnd.random()
-    offset, length = model.span(rnd)
+    offset, length = model.touched = model.span(rnd)
     if choice < 0.5:
         data = rnd.randbytes(length)
-        image.write(offset, data)
         model.data[offset : offset + length] = data
-    elif choice < 0.65:
-        image.write_zeroes(offset, length, unmap=rnd.random() < 0.5, fast=False)
+        return lambda image: image.write(offset, data)
+    if choice < 0.65:
+        unmap = rnd.random() < 0.5
         model.data[offset : offset + length] = bytes(length)
-    elif choice < 0.72:
-        image.trim(offset, length)
-        if image.header.version >= 3 or image.backing is None:
+        return lambda image: image.write_zeroes(offset, length, unmap=unmap, fast=False)
+    if choice < 0.72:
+        if discards:
             model.discarded(offset, length)
-    elif choice < 0.77:
-        image.flush()
-    elif choice < 0.84 or not whole:
-        assert read(image, offset, length) == model.data[offset : offset + length]
-    elif choice < 0.89 and len(model.snapshots) < 3:
+        return lambda image: image.trim(offset, length)
+    if choice < 0.77:
+        return lambda image: image.flush()
+    if choice < 0.84 or not whole:
+        expected = bytes(model.data[offset : offset + length])
+
+        def compare(image: Qcow2Image) -> None:
+            assert read(image, offset, length) == expected
+
+        return compare
+    return _whole_step(model, rnd, choice)
+
+
+def _whole_step(model: Model, rnd: random.Random, choice: float) -> Step:
+    if choice < 0.89 and len(model.snapshots) < 3:
         name = model.new_name()
-        operations.create(image, name, now=1.5)
         model.snapshots[name] = bytes(model.data)
-    elif choice < 0.92 and model.snapshots:
+        return lambda image: void(operations.create(image, name, now=1.5))
+    if choice < 0.92 and model.snapshots:
         name = rnd.choice(sorted(model.snapshots))
-        operations.apply(image, name)
         model.data = bytearray(model.snapshots[name])
-    elif choice < 0.95 and model.snapshots:
+        return lambda image: operations.apply(image, name)
+    if choice < 0.95 and model.snapshots:
         name = rnd.choice(sorted(model.snapshots))
-        operations.delete(image, name)
         del model.snapshots[name]
-    else:
-        size = rnd.randrange(2 << 20, 12 << 20) // SECTOR * SECTOR
-        operations.resize(image, size)
-        model.data = model.data[:size] + bytes(max(0, size - len(model.data)))
+        return lambda image: operations.delete(image, name)
+    size = rnd.randrange(2 << 20, 12 << 20) // SECTOR * SECTOR
+    model.data = model.data[:size] + bytes(max(0, size - len(model.data)))
+    return lambda image: operations.resize(image, size)
+
+
+def void(_: object) -> None:
+    """Drop a result."""
+
+
+def ours(image: Qcow2Image, model: Model, rnd: random.Random, whole: bool = True) -> None:
+    """One random operation on the image and the model."""
+    discards = image.header.version >= 3 or image.backing is None
+    step(model, rnd, whole, discards)(image)

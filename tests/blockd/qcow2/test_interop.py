@@ -134,7 +134,7 @@ def test_compressed_clusters(tmp_path: Path, method: str, cluster_size: int) -> 
     file = make(tmp_path / "disk.qcow2", size, (cluster_size, 3, 16), compression=method)
     image = Qcow2Image(file)
     for number in range(64):
-        piece = bytes(rnd.randrange(1, 3) for _ in range(cluster_size))
+        piece = bytes(rnd.choices(b"\1\2", k=cluster_size))
         packed = compress(piece, method)
         assert len(packed) < cluster_size
         image.write_compressed(number * cluster_size, packed)
