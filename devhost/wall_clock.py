@@ -11,7 +11,7 @@ from coordinator.contract.config import Rtc
 
 
 def wall_clock(rtc: Rtc, guest_now: Callable[[], int]) -> Callable[[], int]:
-    """A function that gives ns since 1970, following the host's clock or guest time (which is 0 at power-on)."""
+    """A function that gives ns since 1970, following the host's clock or guest time (0 at power-on)."""
     start = time.time_ns()
     if rtc.base == "localtime":
         offset = datetime.now().astimezone().utcoffset()

@@ -49,7 +49,7 @@ class Host:
         self.bus = Bus(segment, 0)
         self.notices: list[msgspec.Struct] = []
         self.control = SimpleNamespace(notify=self.notices.append)
-        self.outlet = Outlet(self.control)  # type: ignore[arg-type]
+        self.outlet = Outlet(self.control)
         self.backends: dict[str, Disk] = {}
 
     def open_block_device(self, ident: str) -> Disk:

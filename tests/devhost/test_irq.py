@@ -66,9 +66,11 @@ def test_intr_goes_to_every_vcpu(board: Board) -> None:
 
 def test_a_shared_line_is_high_while_any_source_is(board: Board) -> None:
     first, second = board.lines.pin(10), board.lines.pin(10)
-    for source, level, expected in (
-        (first, True, 1), (second, True, 1), (second, True, 1), (first, False, 1), (second, False, 0), (first, False, 0),
-    ):  # fmt: skip
+    steps = (
+        (first, True, 1), (second, True, 1), (second, True, 1),
+        (first, False, 1), (second, False, 0), (first, False, 0),
+    )  # fmt: skip
+    for source, level, expected in steps:
         source.set(level)
         board.settle()
         assert board.pin(10) == expected

@@ -33,12 +33,13 @@ def direct(**changes: object) -> Board:
 @pytest.mark.parametrize(
     ("port", "device"),
     [
-        (0x20, "pic"), (0xA1, "pic"), (0x4D0, "pic"), (0x40, "pit"), (0x43, "pit"), (0x61, "port61"), (0x70, "rtc"),
-        (0x60, "i8042"), (0x64, "i8042"), (0x92, "port92"), (0x3F8, "serial0"), (0x2FF, "serial1"), (0x00, "dma"),
-        (0x80, "dma"), (0xC0, "dma"), (0xB2, "acpi-pm"), (0x402, "debug402"), (0xE9, "debuge9"), (0x510, "fw_cfg"),
-        (0x51B, "fw_cfg"), (0x501, "debug-exit"), (0x502, "debug-exit"), (0xCF8, "pci"), (0xCFF, "pci"), (0xCF9, "reset"),
-        (0x3C0, "vga"), (0x3DA, "vga"), (0x1CE, "vga"),
-        (0x1F0, "nobody"), (0x376, "nobody"), (0x600, "nobody"), (0x3E8, "nobody"), (0x378, "nobody"),
+        (0x20, "pic"), (0xA1, "pic"), (0x4D0, "pic"), (0x40, "pit"), (0x43, "pit"), (0x61, "port61"),
+        (0x70, "rtc"), (0x60, "i8042"), (0x64, "i8042"), (0x92, "port92"), (0x3F8, "serial0"),
+        (0x2FF, "serial1"), (0x00, "dma"), (0x80, "dma"), (0xC0, "dma"), (0xB2, "acpi-pm"),
+        (0x402, "debug402"), (0xE9, "debuge9"), (0x510, "fw_cfg"), (0x51B, "fw_cfg"), (0x501, "debug-exit"),
+        (0x502, "debug-exit"), (0xCF8, "pci"), (0xCFF, "pci"), (0xCF9, "reset"), (0x3C0, "vga"),
+        (0x3DA, "vga"), (0x1CE, "vga"), (0x1F0, "nobody"), (0x376, "nobody"), (0x600, "nobody"),
+        (0x3E8, "nobody"), (0x378, "nobody"),
     ],
 )  # fmt: skip
 def test_ports_after_reset(board: Board, port: int, device: str) -> None:

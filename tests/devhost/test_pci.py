@@ -182,7 +182,7 @@ def test_reset_unmaps(board: Board) -> None:
 
 # ---- i440FX ------------------------------------------------------------------------------------------
 def test_pam(board: Board) -> None:
-    """290549, 3.2.13: PAM0 bits 5-4 are F0000h; PAM1 low half C0000h, high half C4000h; PAM6 high half EC000h."""
+    """290549, PAM: PAM0 bits 5-4 are F0000h; PAM1 low half C0000h, high C4000h; PAM6 high half EC000h."""
     assert [(gpa, size) for gpa, size, _, _ in PAM_SEGMENTS] == [
         (0xF0000, 0x10000),
         *((0xC0000 + 0x4000 * i, 0x4000) for i in range(12)),

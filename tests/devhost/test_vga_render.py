@@ -70,7 +70,7 @@ def test_screen_off() -> None:
 
 
 def test_text_mode_3() -> None:
-    """80 x 25 cells of 9 x 16; the ninth column is background but for C0h-DFh, where it repeats the eighth."""
+    """80 x 25 cells of 9 x 16; the ninth column is background, but for C0h-DFh the eighth again."""
     card = text(b"A\x1e\xc4\x07A\x07", font(c41=[0x81, 0x00, 0xFF], cc4=[0xFF]))
     picture = render(card.vga)
     assert picture.shape == (400, 720, 3)
