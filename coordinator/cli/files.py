@@ -15,8 +15,8 @@ def check(s: Settings) -> None:
     for option, file in (("bios", s.bios), ("kernel", s.kernel)):
         if file is not None:
             _readable(f"-{option}", file)
-    for file in (s.initrd or "").split(",") if s.initrd else ():
-        _readable("-initrd", file.split(" ")[0])
+    for file in _initrds(s.initrd):
+        _readable("-initrd", file)
     for drive in s.drives:
         if drive.file is not None:
             mode = _readable(f"drive {drive.id}:", drive.file, (stat.S_ISREG, stat.S_ISBLK))
@@ -31,6 +31,14 @@ def check(s: Settings) -> None:
     for option, file in (("-stats", s.stats), ("-pidfile", s.pidfile), ("-D", s.log_file)):
         if file is not None:
             _writable(option, file)
+
+
+def _initrds(text: str | None) -> list[str]:
+    """One file; or multiboot modules, each with words behind its file's name, where there is no such file."""
+    if not text or os.path.lexists(text):
+        return [text] if text else []
+    modules = [word.split(" ")[0] for word in text.split(",")]
+    return modules if any(os.path.lexists(module) for module in modules) else [text]
 
 
 def _readable(what: str, file: str, kinds: tuple[Callable[[int], bool], ...] = (stat.S_ISREG,)) -> int:
