@@ -107,6 +107,7 @@ enum {
 #define ICR_NMI 0x4400u
 #define ICR_INIT 0x4500u
 #define ICR_SIPI 0x4600u
+#define ICR_SELF_EXTINT 0x44700u
 #define ICR_LOGICAL 0x800u
 #define ICR_SELF 0x40000u
 #define ICR_ALL 0x80000u
