@@ -176,12 +176,20 @@ struct stack stack_current(struct cpu *c, const struct uop *u, unsigned width)
     return s;
 }
 
+static void check_alignment(struct cpu *c, const struct stack *s, uint64_t lin)
+{
+    if (lin & (s->width - 1) && s->mode == TLB_USER && ARCH(c)->rflags & FLAG_AC && ARCH(c)->cr0 & CR0_AM) {
+        raise_fault_code(c, s->u, VEC_AC, 0);
+    }
+}
+
 static uint64_t stack_linear(struct cpu *c, const struct stack *s, uint64_t sp)
 {
     if (s->flat64) {
         if (!is_canonical(sp) || !is_canonical(sp + s->width - 1)) {
             raise_fault_code(c, s->u, VEC_SS, s->error);
         }
+        check_alignment(c, s, sp);
         return sp;
     }
     uint64_t last = sp + s->width - 1;
@@ -189,7 +197,9 @@ static uint64_t stack_linear(struct cpu *c, const struct stack *s, uint64_t sp)
     if (!inside || !(s->ss.attr & ATTR_P)) {
         raise_fault_code(c, s->u, VEC_SS, s->error);
     }
-    return (uint32_t)(s->ss.base + sp);
+    uint32_t lin = (uint32_t)(s->ss.base + sp);
+    check_alignment(c, s, lin);
+    return lin;
 }
 
 void stack_push(struct cpu *c, struct stack *s, uint64_t value)

@@ -102,7 +102,7 @@ static void start(struct test_case *t, ucontext_t *uc)
 
 static void on_signal(int number, siginfo_t *info, void *context)
 {
-    __asm__ volatile("pushfq; andl $~0x40000, (%%rsp); popfq" : : : "memory", "cc"); /* AC */
+    __asm__ volatile("pushfq; andl $~0x244000, (%%rsp); popfq" : : : "memory", "cc"); /* AC NT ID: no one else does */
     (void)info;
     ucontext_t *uc = context;
     if (index_ < 0) {

@@ -30,6 +30,8 @@ SHIFTS = {"ROL", "ROR", "RCL", "RCR", "SHL", "SAL", "SHR", "SAR", "SHLD", "SHRD"
 # Not to be laid across the end of the code pages: whether UD0 fetches a ModRM byte first differs between
 # makers
 NEAR_END = {"UD0", "UD1", "UD2", "INT", "INT3"}
+# Mode and operand size of far rows whose fault is a selector's; else it is the stack's
+SELECTOR_FAULTS = {(64, 0), (64, 32), (16, 0), (16, 16), (16, 32)}
 CODE_SELECTORS = {64: USER64, 32: USER32, 16: LDT_CODE16}
 # Loaded or examined: null, user segments, kernel segments, beyond the table, an empty LDT slot. No null one
 # with an RPL: the way out of an exception makes 0 of it.
@@ -265,8 +267,7 @@ def _interrupt_return(e: Encoder, reg: int, rm: int) -> None:
 
 
 def _pop_flags(e: Encoder, reg: int, rm: int) -> None:
-    """Neither ID nor NT: the oracle cannot take them back."""
-    e.patch(e.gpr[RSP], struct.pack("<Q", e.rnd.getrandbits(64) & ~0x204000))
+    e.patch(e.gpr[RSP], struct.pack("<Q", e.rnd.getrandbits(64)))
 
 
 def _push_segment(e: Encoder, reg: int, rm: int) -> None:
@@ -284,6 +285,7 @@ def _frame(e: Encoder, reg: int, rm: int) -> None:
     from tests.vcpu.differential.encode import pick_target  # noqa: PLC0415
 
     if e.row.mnemonic == "ENTER":
+        e.instance.rflags &= ~(1 << 18)  # AC competes with the fault at the final stack pointer
         e.gpr[RBP] = e.stack + e.rnd.choice((0, 40, 0x200))
     else:
         e.gpr[RBP] = e.rnd.choice((e.stack + 16, pick_target(e.rnd, e.shape))) if not e.aim else e.gpr[RSP]
@@ -373,21 +375,20 @@ def prepare(e: Encoder, reg: int, rm: int) -> None:
     else:
         e.operand = struct.pack("<QQ", values.integer(rnd), values.integer(rnd))
     if any(operand.text == "CL" for operand in row.operands):
-        gpr[RCX] = gpr[RCX] & ~0xFF | rnd.choice((0, 1, rnd.randrange(70), rnd.randrange(256))) & _count_mask(
-            e
-        )
+        count = rnd.choice((0, 1, rnd.randrange(70), rnd.randrange(256))) & _count_mask(e)
+        gpr[RCX] = gpr[RCX] & ~0xFF | count
     if row.mnemonic in STACK and not e.sequence:
         # where a selector can be bad, a fault is that in some shapes and the stack's in others
-        stacks = (
-            "gp" not in row.values.get("fault", "")
-            or e.shape.bits == 32
-            or e.shape.bits == 64
-            and e.shape.size in (16, 64)
-        )
-        if e.aim == "fault" and stacks:
+        selectors = "gp" in row.values.get("fault", "") and (e.shape.bits, e.shape.size) in SELECTOR_FAULTS
+        if e.aim == "fault" and not selectors:
             gpr[RSP] = DATA_LINEAR + rnd.choice((-0x100, DATA_SIZE + 0x100))
         elif not e.aim and rnd.random() < 0.12:
-            gpr[RSP] = pick_target(rnd, e.shape) + rnd.choice((0, 4, 8)) & MASK64
+            place = pick_target(rnd, e.shape) + rnd.choice((0, 4, 8)) & MASK64
+            if place >> 32 and row.mnemonic in ("CALLF", "RETF", "IRET"):
+                place = (
+                    DATA_LINEAR + DATA_SIZE
+                )  # which half of RSP counts on the way out of 64-bit mode is unsaid
+            gpr[RSP] = place
             e.instance.rflags &= ~(1 << 18)  # AC, for faults that compete
     if row.mnemonic in ("CALL", "JMP") and row.operands[0].kind == "E":
         _indirect(e, reg, rm)

@@ -29,7 +29,7 @@ from tests.vcpu.differential.machine import (
 from tests.vcpu.differential.shapes import BP, MODES, PF, STATE_BYTES, Shape, shapes
 
 NAMES = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{i}" for i in range(8, 16)))
-VISIBLE = 0x50FD5  # RFLAGS that are compared: status, DF, TF, IF, RF, AC
+VISIBLE = 0x254FD5  # RFLAGS that are compared: status, DF, TF, IF, NT, RF, AC, ID
 USER_TOP = (1 << 47) - 4096  # Linux reports P for addresses from here on, whatever is there
 CPUINFO = {"SSE3": "pni", "SSE4.1": "sse4_1", "SSE4.2": "sse4_2", "RDRND": "rdrand"}
 
