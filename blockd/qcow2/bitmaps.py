@@ -34,6 +34,10 @@ class Bitmap:
     flags: int
     granularity_bits: int
 
+    def flag_names(self) -> list[str]:
+        """As qemu-img names them."""
+        return [name for bit, name in ((IN_USE, "in-use"), (AUTO, "auto")) if self.flags & bit]
+
 
 def load(host: HostFile, header: Header) -> list[Bitmap]:
     """The bitmaps of an image; BlockError when the directory cannot be one."""

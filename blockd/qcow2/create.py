@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from blockd.hostfile import HostFile
+from blockd.locks import lock_image
 from blockd.qcow2.header import (
     MAX_CLUSTER_BITS,
     MAX_L1_BYTES,
@@ -75,6 +76,7 @@ def create(file: str, options: Options) -> None:
         os.close(fd)
         host = HostFile(file)
         try:
+            lock_image(host.fd, file, writable=True)  # what another process uses is not overwritten
             _write(host, header)
         finally:
             host.close()

@@ -291,6 +291,10 @@ class Qcow2Image(Image):
         """Store one whole cluster that is compressed already."""
         self._writer.write_packed(offset, packed)
 
+    def preallocate(self, offset: int, length: int) -> None:
+        """Give every cluster of a range its place; what is not there yet reads as zeroes."""
+        self._writer.preallocate(offset, length)
+
     def condemn(self, clusters: Clusters) -> None:
         """Clusters to count down (sorted) after the next flush; with the lock held."""
         if len(clusters):

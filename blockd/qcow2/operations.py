@@ -9,12 +9,13 @@ import errno
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from blockd.qcow2 import snapshots
-from blockd.qcow2.header import MAX_SNAPSHOTS
+from blockd.qcow2.header import MAX_SNAPSHOTS, ExtensionType
 from blockd.qcow2.snapshots import Snapshot
 from blockd.qcow2.switch import switch
 from blockd.qcow2.tables import Entries
@@ -91,6 +92,25 @@ def resize(image: Qcow2Image, size: int) -> None:
         switch(image, l1, size, snapshots.load(image.host, header))
         if size > old:
             _hide_below(image, old, size)
+
+
+def make_empty(image: Qcow2Image) -> None:
+    """Forget all content: everything reads as the backing file again."""
+    with at_rest(image):
+        l1: Entries = np.zeros(len(image.mapping.l1), np.uint64)
+        switch(image, l1, image.header.size, snapshots.load(image.host, image.header))
+
+
+def set_backing(image: Qcow2Image, file: str | None, image_format: str | None) -> None:
+    """Write another backing file into the header. BlockError when it does not fit."""
+    with at_rest(image):
+        changed = replace(image.header, backing_file=file, extensions=list(image.header.extensions))
+        text = None if file is None or image_format is None else image_format.encode()
+        changed.set_extension(ExtensionType.BACKING_FORMAT, text)
+        data = changed.encode()
+        image.host.write(0, data)
+        image.host.sync()
+        image.header.backing_file, image.header.extensions = file, changed.extensions
 
 
 def _cut(image: Qcow2Image, size: int) -> None:

@@ -235,6 +235,32 @@ class Writer:
         mapping.store(index, table, first, new)
         self._condemn_entries(given_up)
 
+    def preallocate(self, offset: int, length: int) -> None:
+        """Allocate whatever is not allocated in a range, without writing data. Over a backing file the
+        new clusters hide it, so that is for ranges that nothing lies below."""
+        image, bits, mapping = self._image, self._bits, self._image.mapping
+        cluster, last = offset >> bits, (offset + length - 1) >> bits
+        while cluster <= last:
+            index = cluster >> self._table_bits
+            first = cluster & ((1 << self._table_bits) - 1)
+            count = min(last - cluster + 1, (1 << self._table_bits) - first)
+            with image.lock:
+                table = self._writable(index)
+                for run in mapping.runs(table, first, count):
+                    if run.kind == UNALLOCATED:
+                        self._place(index, table, run)
+            cluster += count
+
+    def _place(self, index: int, table: L2Table, run: Run) -> None:
+        done = 0
+        while done < run.clusters:
+            host, count = self._image.refcounts.take(run.clusters - done)
+            entries = (np.arange(host, host + count, dtype=np.uint64) << np.uint64(self._bits)) | np.uint64(
+                COPIED
+            )
+            self._image.mapping.store(index, table, run.first + done, entries)
+            done += count
+
     # ---- compressed clusters ---------------------------------------------------------------------
     def write_packed(self, offset: int, packed: bytes) -> None:
         """Store a whole cluster that has been compressed to fewer bytes than it has."""

@@ -13,6 +13,7 @@ from coordinator.contract.errors import AtollError
 #: subcommand -> (module with ``run(arguments) -> exit status``, what it does)
 SUBCOMMANDS = {
     "run": ("coordinator.cli.run", "run a machine; options are spelled as qemu-system-x86_64 spells them"),
+    "img": ("blockd.img.main", "make, look at, check, convert and change disk images, as qemu-img does"),
     "pieces": ("coordinator.pieces", "fetch firmware and guest pieces from Debian's packages into the cache"),
 }
 

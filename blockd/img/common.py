@@ -1,0 +1,151 @@
+"""What the subcommands share: options, sizes, opening images, progress."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import re
+import sys
+from typing import Any, NoReturn
+
+from blockd.hostfile import HostFile
+from blockd.image import Image
+from blockd.locks import lock_image
+from blockd.qcow2.backing import Chain
+from blockd.qcow2.image import Qcow2Image, probe
+from blockd.raw import RawImage
+from coordinator.contract.errors import BlockError, UsageError
+
+FORMATS = ("raw", "qcow2")
+_UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50, "e": 1 << 60}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)([bkmgtpe]?)", re.IGNORECASE)
+
+
+class Parser(argparse.ArgumentParser):
+    """Options of one subcommand; a wrong one is a UsageError."""
+
+    def __init__(self, command: str, about: str) -> None:
+        super().__init__(prog=f"atoll img {command}", description=about, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self.prog.split()[-1]}: {message}")
+
+    def format_option(
+        self, flag: str = "-f", name: str = "format", about: str = "format of the image"
+    ) -> None:
+        self.add_argument(flag, dest=name, choices=FORMATS, help=about)
+
+    def output_option(self) -> None:
+        self.add_argument("--output", choices=("human", "json"), default="human")
+
+    def chain_option(self) -> None:
+        self.add_argument(
+            "--allow-backing",
+            action="append",
+            default=[],
+            metavar="PLACE",
+            help="a file or folder elsewhere that backing files may come from; * for any",
+        )
+
+    def ignored(self, *flags: str) -> None:
+        """Options of qemu-img's that mean nothing here, with a value."""
+        for flag in flags:
+            self.add_argument(flag, help=argparse.SUPPRESS)
+
+
+def size(text: str) -> int:
+    """Bytes; a suffix of k, M, G, T, P or E counts in powers of 1024."""
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise UsageError(f"'{text}' is no size; a number with k, M, G, T, P or E is one")
+    value = match[1]
+    unit = _UNITS[match[2].lower()]
+    result = int(float(value) * unit) if "." in value else int(value) * unit
+    if result >= 1 << 63:
+        raise UsageError(f"'{text}' is too large")
+    return result
+
+
+def human(value: float) -> str:
+    """A size as qemu-img writes it: three digits and a unit."""
+    number = float(value)
+    for unit in ("", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"):
+        if number < 1000 or unit == "Ei":
+            break
+        number /= 1024
+    return f"{number:.3g} {unit}B"
+
+
+def print_json(value: object) -> None:
+    print(json.dumps(value, indent=4))
+
+
+def unsafe_file(file: str, read_only: bool) -> HostFile:
+    """A file that is made durable once, at the end."""
+    return HostFile(file, read_only, unsafe=True)
+
+
+def open_image(
+    file: str,
+    image_format: str | None = None,
+    read_only: bool = True,
+    allowed: list[str] | None = None,
+    **how: Any,
+) -> Image:
+    """An image; without a format, what it claims to be."""
+    if (image_format or probe(file)) == "qcow2":
+        return Qcow2Image(file, read_only, Chain(tuple(allowed or ())), **how)
+    if how.get("snapshot"):
+        raise BlockError(f"{file}: a raw image has no snapshots", errno.ENOTSUP)
+    if image_format is None and not read_only:
+        print(f"atoll img: warning: {file}: no format was given, and raw was guessed", file=sys.stderr)
+    return RawImage(file, read_only, granularity=512, pad=True)
+
+
+def open_qcow2(file: str, image_format: str | None, read_only: bool, what: str, **how: Any) -> Qcow2Image:
+    """An image that must be qcow2; ``what`` is asked of it."""
+    image = open_image(file, image_format, read_only, **how)
+    if not isinstance(image, Qcow2Image):
+        image.close()
+        raise BlockError(f"{file}: raw images have no {what}", errno.ENOTSUP)
+    return image
+
+
+def make_raw(file: str, disk_size: int) -> None:
+    """A raw image of zeroes; what was there is gone."""
+    try:
+        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            lock_image(fd, file, writable=True)  # what another process uses is not overwritten
+            os.ftruncate(fd, 0)
+            os.ftruncate(fd, disk_size)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        text = f"{file}: cannot be created: {os.strerror(error.errno or errno.EIO)}"
+        raise BlockError(text, error.errno or errno.EIO) from None
+
+
+class Progress:
+    """A percentage on one line of standard output."""
+
+    def __init__(self, wanted: bool, total: int) -> None:
+        self._wanted = wanted
+        self._total = total
+        self._last = -1.0
+        self.at(0)
+
+    def at(self, done: int) -> None:
+        if not self._wanted:
+            return
+        percent = 100.0 * done / self._total if self._total else 100.0
+        if percent - self._last >= 1 or percent >= 100 > self._last:
+            self._last = percent
+            print(f"    ({percent:.2f}/100%)\r", end="", flush=True)
+
+    def end(self) -> None:
+        if self._wanted:
+            self.at(self._total)
+            print()

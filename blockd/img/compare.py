@@ -1,0 +1,110 @@
+"""``atoll img compare``: exit 0 when two images have the same content, 1 when not, 2 for an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from blockd.image import Extent, Image
+from blockd.img import common
+
+CHUNK = 2 << 20
+
+
+def run(arguments: list[str]) -> int:
+    parser = common.Parser("compare", "Compare the content of two images.")
+    parser.format_option("-f", "first_format", "format of the first image")
+    parser.format_option("-F", "second_format", "format of the second image")
+    parser.add_argument("-p", dest="progress", action="store_true")
+    parser.add_argument("-q", dest="quiet", action="store_true")
+    parser.add_argument("-s", dest="strict", action="store_true", help="sizes and allocation must agree, too")
+    parser.add_argument("-U", "--force-share", action="store_true")
+    parser.ignored("-T")
+    parser.chain_option()
+    parser.add_argument("first")
+    parser.add_argument("second")
+    given = parser.parse_intermixed_args(arguments)
+    first = common.open_image(given.first, given.first_format, allowed=given.allow_backing)
+    try:
+        second = common.open_image(given.second, given.second_format, allowed=given.allow_backing)
+        try:
+            told, status = compare(first, second, given.strict, given.progress)
+        finally:
+            second.close()
+    finally:
+        first.close()
+    if not given.quiet:
+        print(told)
+    return status
+
+
+def compare(first: Image, second: Image, strict: bool, progress: bool) -> tuple[str, int]:
+    """What is to be said, and the exit status."""
+    warning = ""
+    if first.size != second.size:
+        if strict:
+            return "Strict mode: Image size mismatch!", 1
+        warning = "Warning: Image size mismatch!\n"
+    common_size = min(first.size, second.size)
+    shown = common.Progress(progress, max(first.size, second.size))
+    for at, length, one, two in _paired(first, second, common_size):
+        shown.at(at)
+        if strict and one.hole != two.hole:
+            return f"Strict mode: Offset {at} block status mismatch!", 1
+        if one.zero and two.zero:
+            continue
+        different = _difference(first, second, at, length)
+        if different is not None:
+            return f"{warning}Content mismatch at offset {different}!", 1
+    longer = first if first.size > second.size else second
+    different = _not_zero(longer, common_size)
+    if different is not None:
+        return f"{warning}Content mismatch at offset {different}!", 1
+    shown.end()
+    return f"{warning}Images are identical.", 0
+
+
+def _paired(first: Image, second: Image, size: int) -> Iterator[tuple[int, int, Extent, Extent]]:
+    """(offset, length, what the first has there, what the second has)."""
+    ones, twos = first.extents(0, size), second.extents(0, size)
+    at = 0
+    one = two = Extent(0, True, True)
+    while at < size:
+        if not one.length:
+            one = next(ones)
+        if not two.length:
+            two = next(twos)
+        length = min(one.length, two.length)
+        yield at, length, one, two
+        at += length
+        one, two = one._replace(length=one.length - length), two._replace(length=two.length - length)
+
+
+def _difference(first: Image, second: Image, at: int, length: int) -> int | None:
+    """The sector at which two ranges begin to differ."""
+    one, two = memoryview(bytearray(min(length, CHUNK))), memoryview(bytearray(min(length, CHUNK)))
+    end = at + length
+    while at < end:
+        piece = min(end - at, CHUNK)
+        first.read_into(at, one[:piece])
+        second.read_into(at, two[:piece])
+        if one[:piece] != two[:piece]:
+            for inside in range(0, piece, 512):
+                if one[inside : inside + 512] != two[inside : inside + 512]:
+                    return at + inside
+        at += piece
+    return None
+
+
+def _not_zero(image: Image, start: int) -> int | None:
+    at = start
+    for extent in image.extents(start, image.size - start):
+        offset, stop = at, at + extent.length
+        while not extent.zero and offset < stop:
+            piece = min(stop - offset, CHUNK)
+            buffer = bytearray(piece)
+            image.read_into(offset, memoryview(buffer))
+            if buffer.strip(b"\0"):
+                return offset + next(n for n in range(0, piece, 512) if buffer[n : n + 512].strip(b"\0"))
+            offset += piece
+        at = stop
+    return None

@@ -1,0 +1,166 @@
+"""``atoll img create``: a new image."""
+
+from __future__ import annotations
+
+import errno
+
+from blockd.hostfile import HostFile
+from blockd.img import common
+from blockd.qcow2.backing import Chain, plain_path, resolve
+from blockd.qcow2.create import Options, create
+from blockd.qcow2.image import Qcow2Image
+from blockd.qcow2.operations import at_rest
+from coordinator.contract.errors import BlockError, UsageError
+
+PREALLOCATION = ("off", "metadata", "falloc", "full")
+_ON_OFF = {"on": True, "off": False, "true": True, "false": False, "yes": True, "no": False}
+
+
+def parse_options(texts: list[str]) -> dict[str, str]:
+    """-o name=value,...; a comma in a value is doubled."""
+    result: dict[str, str] = {}
+    for text in texts:
+        for part in text.replace(",,", "\0").split(","):
+            name, _, value = part.replace("\0", ",").partition("=")
+            result[name] = value or "on"
+    return result
+
+
+def qcow2_options(disk_size: int, given: dict[str, str]) -> tuple[Options, str]:
+    """Options of a new qcow2 image by qemu-img's names, and how it is to be preallocated."""
+    options = Options(disk_size)
+    preallocation = "off"
+    for name, value in given.items():
+        if name == "compat":
+            versions = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
+            if value not in versions:
+                raise UsageError(f"compat={value} is unknown; choose 0.10 or 1.1")
+            options.version = versions[value]
+        elif name == "cluster_size":
+            options.cluster_size = common.size(value)
+        elif name == "refcount_bits":
+            options.refcount_bits = common.size(value)
+        elif name == "lazy_refcounts":
+            options.lazy_refcounts = _flag(name, value)
+        elif name == "compression_type":
+            options.compression = value
+        elif name == "preallocation":
+            if value not in PREALLOCATION:
+                raise UsageError(f"preallocation={value} is unknown; choose {', '.join(PREALLOCATION)}")
+            preallocation = value
+        elif name == "backing_file":
+            options.backing_file = value
+        elif name == "backing_fmt":
+            options.backing_format = value
+        elif name == "size":
+            options.size = common.size(value)
+        elif name in ("extended_l2", "nocow") and not _flag(name, value):
+            continue
+        else:
+            raise BlockError(f"option {name}={value} is not supported", errno.ENOTSUP)
+    return options, preallocation
+
+
+def _flag(name: str, value: str) -> bool:
+    if value not in _ON_OFF:
+        raise UsageError(f"{name}={value}: choose on or off")
+    return _ON_OFF[value]
+
+
+def run(arguments: list[str]) -> int:
+    parser = common.Parser("create", "Make a new image.")
+    parser.format_option(about="format of the new image")
+    parser.add_argument("-q", dest="quiet", action="store_true")
+    parser.add_argument("-b", dest="backing", metavar="FILE", help="backing file")
+    parser.add_argument("-F", dest="backing_format", metavar="FORMAT", choices=common.FORMATS)
+    parser.add_argument("-u", dest="unchecked", action="store_true", help="do not open the backing file")
+    parser.add_argument("-o", dest="options", action="append", default=[], metavar="NAME=VALUE,...")
+    parser.chain_option()
+    parser.add_argument("file")
+    parser.add_argument("size", nargs="?")
+    given = parser.parse_intermixed_args(arguments)
+    named = parse_options(given.options)
+    if given.backing is not None:
+        named["backing_file"] = given.backing
+    if given.backing_format is not None:
+        named["backing_fmt"] = given.backing_format
+    if given.size is not None:
+        named["size"] = given.size
+    if given.format in (None, "raw"):
+        return _raw(given.file, named, given.quiet)
+    options, preallocation = qcow2_options(-1, named)
+    if options.backing_file is not None and not given.unchecked:
+        _check_backing(given.file, options, given.allow_backing)
+    if options.size < 0:
+        raise UsageError("create: a size is needed")
+    create(given.file, options)
+    if preallocation != "off":
+        preallocate(given.file, preallocation)
+    if not given.quiet:
+        print(_formatting(given.file, options, preallocation))
+    return 0
+
+
+def _raw(file: str, named: dict[str, str], quiet: bool) -> int:
+    unknown = set(named) - {"size", "preallocation"}
+    if unknown:
+        raise BlockError(f"a raw image has no {', '.join(sorted(unknown))}", errno.EINVAL)
+    if "size" not in named:
+        raise UsageError("create: a size is needed")
+    disk_size = -(-common.size(named["size"]) // 512) * 512
+    common.make_raw(file, disk_size)
+    if named.get("preallocation", "off") != "off":
+        host = HostFile(file)
+        host.reserve(0, disk_size)
+        host.close()
+    if not quiet:
+        print(f"Formatting '{file}', fmt=raw size={disk_size}")
+    return 0
+
+
+def _check_backing(file: str, options: Options, allowed: list[str]) -> None:
+    """The backing file exists, has a format, and gives the size where none is said. The user names it, so
+    that it may lie anywhere."""
+    assert options.backing_file is not None
+    if options.backing_format is None:
+        raise UsageError("create: the format of the backing file is needed (-F)")
+    if plain_path(file, options.backing_file) is None:
+        raise BlockError(f"backing file {options.backing_file!r} is no plain file name", errno.EINVAL)
+    path = resolve(file, options.backing_file, ("*",))
+    image = common.open_image(path, options.backing_format, allowed=allowed)
+    if options.size < 0:
+        options.size = image.size
+    image.close()
+
+
+def preallocate(file: str, how: str, start: int = 0) -> None:
+    """Give all clusters from ``start`` on their place: in the tables, on the disk too, or by writing."""
+    image = Qcow2Image(file, open_file=common.unsafe_file, chain=Chain(("*",)))
+    try:
+        image.preallocate(start, image.size - start)
+        if how != "metadata":
+            with at_rest(image):
+                image.host.reserve(0, image.host.size())
+        if how == "full":
+            zeroes = bytes(1 << 20)
+            for at in range(start, image.size, len(zeroes)):
+                image.write(at, zeroes[: image.size - at])
+        image.host.unsafe = False
+        image.host.sync()
+    finally:
+        image.close()
+
+
+def _formatting(file: str, options: Options, preallocation: str) -> str:
+    parts = [f"Formatting '{file}', fmt=qcow2", f"cluster_size={options.cluster_size}", "extended_l2=off"]
+    if preallocation != "off":
+        parts.append(f"preallocation={preallocation}")
+    if options.version == 2:
+        parts.append("compat=0.10")
+    parts += [f"compression_type={options.compression}", f"size={-(-options.size // 512) * 512}"]
+    if options.backing_file is not None:
+        parts.append(f"backing_file={options.backing_file}")
+        parts.append(f"backing_fmt={options.backing_format}")
+    parts.append(f"lazy_refcounts={'on' if options.lazy_refcounts else 'off'}")
+    parts.append(f"refcount_bits={options.refcount_bits}")
+    return " ".join(parts)

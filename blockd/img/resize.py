@@ -1,0 +1,57 @@
+"""``atoll img resize``: another size for the disk of an image."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+
+from blockd.img import common
+from blockd.img.create import PREALLOCATION, preallocate
+from blockd.qcow2 import operations
+from blockd.qcow2.image import Qcow2Image
+from coordinator.contract.errors import BlockError, UsageError
+
+_CHANGE = re.compile(r"-\d.*")
+
+
+def run(arguments: list[str]) -> int:
+    parser = common.Parser("resize", "Give the disk of an image another size: SIZE, or + or - a size.")
+    parser.format_option()
+    parser.add_argument("-q", dest="quiet", action="store_true")
+    parser.add_argument("--shrink", action="store_true", help="allow data behind the new end to be lost")
+    parser.add_argument("--preallocation", choices=PREALLOCATION, default="off")
+    parser.chain_option()
+    parser.add_argument("file")
+    parser.add_argument("size")
+    if arguments and _CHANGE.fullmatch(arguments[-1]):
+        arguments = [*arguments[:-1], "--", arguments[-1]]  # a size, not an option
+    given = parser.parse_args(arguments)
+    image = common.open_image(given.file, given.format, read_only=False, allowed=given.allow_backing)
+    try:
+        old = image.size
+        new = _size(given.size, old)
+        if new < old and not given.shrink:
+            raise BlockError("Use the --shrink option to perform a shrink operation.", errno.EINVAL)
+        if isinstance(image, Qcow2Image):
+            operations.resize(image, new)
+        else:
+            os.truncate(given.file, new)
+    finally:
+        image.close()
+    if given.preallocation != "off" and new > old:
+        if isinstance(image, Qcow2Image):
+            preallocate(given.file, given.preallocation, old)
+        else:
+            raise BlockError("preallocation of a raw image that grows is not supported", errno.ENOTSUP)
+    if not given.quiet:
+        print("Image resized.")
+    return 0
+
+
+def _size(text: str, old: int) -> int:
+    value = common.size(text.lstrip("+-"))
+    new = old + value if text.startswith("+") else old - value if text.startswith("-") else value
+    if new <= 0:
+        raise UsageError("resize: the new size must be more than 0")
+    return -(-new // 512) * 512

@@ -1,0 +1,268 @@
+"""``atoll img`` beside qemu-img: the same answers, field names and exit statuses."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coordinator.cli.main import main
+from tests.blockd.qcow2.support import qemu_check, qemu_reads
+from tests.support.tools import run_tool
+
+MIB = 1 << 20
+
+
+def img(*arguments: str, status: int | None = 0) -> str:
+    """Run ``atoll img``; its output, both streams together."""
+    told = io.StringIO()
+    with redirect_stdout(told), redirect_stderr(told):
+        found = main(["img", *arguments])
+    assert status is None or found == status, f"{arguments}: exit {found}\n{told.getvalue()}"
+    return told.getvalue()
+
+
+def qemu_img(*arguments: str, status: int | None = 0) -> str:
+    return run_tool("qemu-img", *arguments, status=status)
+
+
+def both_json(*arguments: str, leave_out: tuple[str, ...] = ()) -> Any:
+    """What both say as JSON, which must be the same."""
+    ours, theirs = json.loads(img(*arguments)), json.loads(qemu_img(*arguments))
+    for name in leave_out:
+        for rows in (ours, theirs):
+            for row in rows if isinstance(rows, list) else [rows]:
+                row.pop(name, None)
+    assert ours == theirs
+    return ours
+
+
+@pytest.fixture
+def noise(tmp_path: Path) -> Path:
+    """A raw disk with data, zeroes and a ragged end."""
+    rnd = random.Random(1)
+    data = rnd.randbytes(MIB) + bytes(MIB) + b"text " * 60000 + bytes(700 * 512) + rnd.randbytes(512)
+    file = tmp_path / "noise.raw"
+    file.write_bytes(data[: len(data) // 512 * 512])
+    return file
+
+
+OPTIONS = [
+    (),
+    ("-o", "cluster_size=4k,refcount_bits=8"),
+    ("-o", "compat=0.10"),
+    ("-o", "lazy_refcounts=on,compression_type=zstd"),
+    ("-o", "preallocation=metadata"),
+    ("-o", "preallocation=falloc"),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: o[-1] if o else "plain")
+def test_create_and_info(tmp_path: Path, options: tuple[str, ...]) -> None:
+    ours, theirs = str(tmp_path / "ours.qcow2"), str(tmp_path / "theirs.qcow2")
+    said = img("create", "-f", "qcow2", *options, ours, "10M")
+    wanted = qemu_img("create", "-f", "qcow2", *options, theirs, "10M").replace("theirs", "ours")
+    assert sorted(said.split()) == sorted(wanted.split())
+    qemu_check(ours)
+    for file in (ours, theirs):
+        both_json("info", "--output=json", file)
+        human = [text.splitlines() for text in (img("info", file), qemu_img("info", file))]
+        assert sorted(human[0]) == sorted(human[1])
+    assert img("check", ours) == qemu_img("check", ours)
+    qemu_reads(ours, bytes(10 * MIB), tmp_path)
+
+
+def test_check(tmp_path: Path) -> None:
+    file = str(tmp_path / "disk.qcow2")
+    qemu_img("create", "-q", "-f", "qcow2", file, "8M")
+    run_tool("qemu-io", "-f", "qcow2", "-c", "write -q -P 1 0 3M", "-c", "write -q -z 1M 64k", file)
+    both_json("check", "--output=json", file)
+    assert img("check", file) == qemu_img("check", file)
+    end = os.path.getsize(file) // 65536
+    os.truncate(file, (end + 1) * 65536)
+    with open(file, "r+b") as image:
+        image.seek(0x20000 + 2 * end)  # a leak
+        image.write(b"\0\1")
+    qemu_status = qemu_img("check", "--output=json", file, status=3)
+    assert json.loads(img("check", "--output=json", file, status=3)) == json.loads(
+        qemu_status[qemu_status.index("{") :]
+    )
+    fixed = json.loads(img("check", "-r", "leaks", "--output=json", file))
+    assert fixed["leaks-fixed"] == 1
+    qemu_check(file)
+    with open(file, "r+b") as image:
+        image.seek(0x20000 + 2 * 6)  # in use, and said to be free
+        image.write(b"\0\0")
+    qemu_img("check", file, status=2)
+    assert "ERROR cluster 6 refcount=0 reference=1" in img("check", file, status=2)
+    img("check", "-r", "all", file)
+    qemu_check(file)
+    raw = tmp_path / "raw"
+    raw.write_bytes(bytes(512))
+    img("check", str(raw), status=63)
+    img("check", str(tmp_path / "none"), status=1)
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("-c",), ("-c", "-o", "compression_type=zstd,cluster_size=4k")], ids=str
+)
+def test_convert(tmp_path: Path, noise: Path, options: tuple[str, ...]) -> None:
+    file, back = str(tmp_path / "disk.qcow2"), str(tmp_path / "back.raw")
+    said = img("convert", "-p", "-f", "raw", "-O", "qcow2", *options, str(noise), file)
+    assert said.endswith("(100.00/100%)\r\n")
+    report = qemu_check(file)
+    assert bool(report.get("compressed-clusters")) == bool(options)
+    qemu_reads(file, noise.read_bytes(), tmp_path)
+    img("convert", "-O", "raw", file, back)
+    assert Path(back).read_bytes() == noise.read_bytes()
+    theirs = str(tmp_path / "theirs.qcow2")
+    qemu_img("convert", "-O", "qcow2", *options, str(noise), theirs)
+    assert (
+        json.loads(qemu_img("check", "--output=json", theirs))["allocated-clusters"]
+        == report["allocated-clusters"]
+    )
+    assert img("compare", file, theirs) == "Images are identical.\n"
+
+
+def test_compare(tmp_path: Path, noise: Path) -> None:
+    file = str(tmp_path / "disk.qcow2")
+    img("convert", "-O", "qcow2", str(noise), file)
+    assert img("compare", file, str(noise)) == qemu_img("compare", file, str(noise))
+    run_tool("qemu-io", "-f", "qcow2", "-c", "write -q -P 3 1537k 512", file)
+    assert img("compare", file, str(noise), status=1) == qemu_img("compare", file, str(noise), status=1)
+    longer = tmp_path / "longer.raw"
+    longer.write_bytes(noise.read_bytes() + bytes(MIB))
+    for strict, status in ((), 0), (("-s",), 1):
+        both = "compare", *strict, "-f", "raw", "-F", "raw", str(noise), str(longer)
+        assert img(*both, status=status) == qemu_img(*both, status=status)
+    longer.write_bytes(noise.read_bytes() + bytes(MIB - 512) + b"x" * 512)
+    both = "compare", "-f", "raw", "-F", "raw", str(noise), str(longer)
+    assert img(*both, status=1) == qemu_img(*both, status=1)
+    img("compare", file, str(tmp_path / "none"), status=2)
+
+
+def test_map_of_a_chain(tmp_path: Path, noise: Path) -> None:
+    base, top = str(tmp_path / "base.qcow2"), str(tmp_path / "top.qcow2")
+    qemu_img("convert", "-O", "qcow2", str(noise), base)
+    img("create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", top)
+    img("resize", "-q", top, "+4M")
+    run_tool("qemu-io", "-f", "qcow2", "-c", "write -q -P 3 512k 128k", "-c", "write -q -z 1M 64k", top)
+    for file in (base, top, str(noise)):
+        both_json("map", "--output=json", file)
+        assert img("map", file) == qemu_img("map", file)
+
+
+def test_snapshots(tmp_path: Path) -> None:
+    file = str(tmp_path / "disk.qcow2")
+    qemu_img("create", "-q", "-f", "qcow2", file, "4M")
+    states = {}
+    for number in range(3):
+        run_tool("qemu-io", "-f", "qcow2", "-c", f"write -q -P {number + 1} {number}M 1500k", file)
+        (img if number % 2 else qemu_img)("snapshot", "-c", f"s{number}", file)
+        qemu_img("convert", "-O", "raw", file, str(tmp_path / "now"))
+        states[f"s{number}"] = (tmp_path / "now").read_bytes()
+    assert img("snapshot", "-l", file).split("\n")[0] == "Snapshot list:"
+    assert [line.split()[:2] for line in img("snapshot", "-l", file).splitlines()] == [
+        line.split()[:2] for line in qemu_img("snapshot", "-l", file).splitlines()
+    ]
+    for name, state in states.items():
+        img("convert", "-l", name, "-O", "raw", file, str(tmp_path / "then"))
+        assert (tmp_path / "then").read_bytes() == state
+    img("snapshot", "-a", "s0", file)
+    qemu_reads(file, states["s0"], tmp_path)
+    img("snapshot", "-d", "s1", file)
+    qemu_img("snapshot", "-d", "s0", file)
+    qemu_check(file)
+    img("snapshot", "-d", "s1", file, status=1)
+    qemu_img("snapshot", "-a", "s2", file)
+    qemu_reads(file, states["s2"], tmp_path)
+
+
+def test_resize(tmp_path: Path, noise: Path) -> None:
+    file = str(tmp_path / "disk.qcow2")
+    img("convert", "-O", "qcow2", str(noise), file)
+    img("resize", file, "+10M")
+    assert "--shrink" in img("resize", file, "-11M", status=1)
+    img("resize", "--shrink", file, "-11M")
+    size = noise.stat().st_size - MIB
+    qemu_check(file)
+    qemu_reads(file, noise.read_bytes()[:size], tmp_path)
+    img("resize", "--preallocation=metadata", file, "6M")
+    assert qemu_check(file)["allocated-clusters"] > 48
+    qemu_reads(file, noise.read_bytes()[:size].ljust(6 * MIB, b"\0"), tmp_path)
+    img("resize", "-f", "raw", str(noise), "8M")
+    assert noise.stat().st_size == 8 * MIB
+
+
+@pytest.mark.parametrize("kind", ["qcow2", "raw"])
+def test_commit(tmp_path: Path, noise: Path, kind: str) -> None:
+    base, top = str(tmp_path / "base"), str(tmp_path / "top")
+    qemu_img("convert", "-O", kind, str(noise), base)
+    qemu_img("create", "-q", "-f", "qcow2", "-b", "base", "-F", kind, top, "5M")
+    run_tool("qemu-io", "-f", "qcow2", "-c", "write -q -P 7 100k 70k", "-c", "write -q -z 1M 2M", top)
+    qemu_img("convert", "-O", "raw", top, str(tmp_path / "whole"))
+    assert img("commit", top) == "Image committed.\n"
+    qemu_check(top)
+    assert not qemu_check(top).get("allocated-clusters")
+    assert (
+        qemu_img("compare", "-F", "raw", base, str(tmp_path / "whole"), *(("-f", kind)))
+        == "Images are identical.\n"
+    )
+    assert img("compare", top, str(tmp_path / "whole")) == "Images are identical.\n"
+
+
+def test_rebase(tmp_path: Path, noise: Path) -> None:
+    other = tmp_path / "other.raw"
+    other.write_bytes(bytes(MIB // 2) + noise.read_bytes()[MIB // 2 :])
+    top = str(tmp_path / "top")
+    img("create", "-q", "-f", "qcow2", "-b", "noise.raw", "-F", "raw", top)
+    run_tool("qemu-io", "-f", "qcow2", "-c", "write -q -P 7 100k 70k", top)
+    qemu_img("convert", "-O", "raw", top, str(tmp_path / "before"))
+    before = (tmp_path / "before").read_bytes()
+    for name, image_format in (("other.raw", ("-F", "raw")), ("", ())):
+        img("rebase", "-b", name, *image_format, top)
+        qemu_check(top)
+        qemu_reads(top, before, tmp_path)
+    assert "backing-filename" not in json.loads(qemu_img("info", "--output=json", top))
+    img("rebase", "-u", "-b", "noise.raw", "-F", "raw", top)
+    both_json("info", "--output=json", top)
+    assert img("info", "--backing-chain", top).count("image: ") == 2
+
+
+def test_bench(tmp_path: Path, noise: Path) -> None:
+    assert "Run completed in" in img("bench", "-c", "50", "-f", "raw", str(noise))
+    assert "50 write requests" in img("bench", "-w", "-c", "50", "-f", "raw", str(noise))
+
+
+def test_errors_are_one_line(tmp_path: Path) -> None:
+    for arguments in (
+        ("nothing",),
+        ("info", str(tmp_path / "none")),
+        ("create", "-f", "vmdk", "x", "1M"),
+        ("create", "-f", "qcow2", str(tmp_path / "x"), "huge"),
+        ("create", "-f", "qcow2", "-o", "extended_l2=on", str(tmp_path / "x"), "1M"),
+        ("convert", "-c", "-O", "raw", "a", "b"),
+        ("resize", str(tmp_path), "1M"),
+    ):
+        told = img(*arguments, status=None)
+        assert told.startswith("atoll ") and told.count("\n") == 1
+    img("nothing", status=2)
+
+
+def test_what_another_process_uses_is_not_overwritten(tmp_path: Path) -> None:
+    from blockd.qcow2.image import Qcow2Image
+
+    file = str(tmp_path / "disk.qcow2")
+    img("create", "-q", "-f", "qcow2", file, "1M")
+    image = Qcow2Image(file)
+    image.write(0, b"precious")
+    for arguments in (("create", "-f", "qcow2", file, "1M"), ("create", file, "1M"), ("resize", file, "2M")):
+        assert "locked" in img(*arguments, status=1)
+    image.close()
+    assert img("check", file).startswith("No errors")
