@@ -179,9 +179,21 @@ def test_paths_with_spaces_and_commas(folder: Path) -> None:
     doubled = str(image).replace(",", ",,")
     trace, stats = folder / "a trace", folder / "the stats"
     with Machine(
-        "-drive", f"file={doubled},if=ide,index=2,media=cdrom,format=raw,readonly=on", "-serial", f"file:{log}",
-        "-pidfile", str(pid), "-D", str(trace), "-trace", "pic*", "-stats", str(stats), "-monitor", "stdio",
-    ) as machine:  # fmt: skip
+        "-drive",
+        f"file={doubled},if=ide,index=2,media=cdrom,format=raw,readonly=on",
+        "-serial",
+        f"file:{log}",
+        "-pidfile",
+        str(pid),
+        "-D",
+        str(trace),
+        "-trace",
+        "pic*",
+        "-stats",
+        str(stats),
+        "-monitor",
+        "stdio",
+    ) as machine:
         until(lambda: log.exists() and log.read_bytes() == b"ready\n", "the guest")
         assert pid.read_text() == f"{machine.process.pid}\n"
         machine.type(b"info block\nquit\n")
