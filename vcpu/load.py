@@ -55,6 +55,8 @@ def _set(arch: Any, name: str, value: int) -> None:
     elif name == "mtrr_fixed":
         for index in range(len(arch.mtrr_fixed)):
             arch.mtrr_fixed[index] = value
+    elif name.startswith("mtrr_fixed") and name[10:].isdigit():
+        arch.mtrr_fixed[int(name[10:])] = value
     elif name.startswith(("mtrr_base", "mtrr_mask")) and name[9:].isdigit():
         getattr(arch, name[:9])[int(name[9:])] = value
     else:

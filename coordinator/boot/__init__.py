@@ -55,8 +55,12 @@ def kernel_loader(machine: Machine, kernel: Path, initrd: str | None, append: st
     if bzimage.recognise(image):
         return bzimage.loader(machine, image, _read_initrd(initrd), append)
     if elf.recognise(image):
+        if initrd is not None or append:
+            raise ConfigError("-initrd and -append: a plain ELF kernel takes neither")
         return elf.loader(machine, image)
-    raise ConfigError(f"-kernel {kernel}: neither a Linux bzImage, nor a multiboot kernel, nor an x86 ELF file")
+    raise ConfigError(
+        f"-kernel {kernel}: neither a Linux bzImage, nor a multiboot kernel, nor an x86 ELF file"
+    )
 
 
 def _read_initrd(initrd: str | None) -> bytes:

@@ -17,12 +17,15 @@ from coordinator.contract.segment import Segment
 from coordinator.machine import Loader
 
 ELF_CLASS32, ELF_CLASS64 = 1, 2
+LITTLE_ENDIAN = 1
 EM_386, EM_X86_64 = 3, 62
 PT_LOAD = 1
 
 
 @dataclass(frozen=True)
 class Loadable:
+    """``data`` at physical ``address``, then zeros up to ``size``."""
+
     address: int
     data: bytes
     size: int
@@ -36,6 +39,15 @@ class Elf:
     entry: int
     segments: tuple[Loadable, ...]
 
+    @property
+    def end(self) -> int:
+        return max(part.address + part.size for part in self.segments)
+
+    def check(self, where: platform.Memory) -> None:
+        """ConfigError unless there is room for every segment."""
+        for part in self.segments:
+            where.check(part.address, part.size, "the kernel")
+
 
 def recognise(image: bytes) -> bool:
     return image[:4] == b"\x7fELF"
@@ -45,14 +57,14 @@ def parse(image: bytes) -> Elf:
     """ConfigError on files that are cut short or made for another machine."""
     try:
         return _parse(image)
-    except struct.error:
+    except (struct.error, IndexError, OverflowError):
         raise ConfigError("-kernel: the ELF file is cut short") from None
 
 
 def _parse(image: bytes) -> Elf:
     bits = {ELF_CLASS32: 32, ELF_CLASS64: 64}.get(image[4])
     machine = struct.unpack_from("<H", image, 18)[0]
-    if bits is None or image[5] != 1 or machine not in (EM_386, EM_X86_64):
+    if bits is None or image[5] != LITTLE_ENDIAN or machine not in (EM_386, EM_X86_64):
         raise ConfigError("-kernel: the ELF file is not for x86")
     if bits == 32:
         entry, offset = struct.unpack_from("<II", image, 24)
@@ -61,6 +73,7 @@ def _parse(image: bytes) -> Elf:
         entry, offset = struct.unpack_from("<QQ", image, 24)
         size, count = struct.unpack_from("<HH", image, 54)
     segments = []
+    virtual_entry = entry
     for i in range(count):
         at = offset + i * size
         if bits == 32:
@@ -71,8 +84,8 @@ def _parse(image: bytes) -> Elf:
             continue
         if file_at + filesz > len(image) or filesz > memsz:
             raise ConfigError("-kernel: the ELF file is cut short")
-        if virtual <= entry < virtual + memsz:
-            entry = entry - virtual + physical
+        if virtual <= virtual_entry < virtual + memsz:
+            entry = virtual_entry - virtual + physical
         segments.append(Loadable(physical, image[file_at : file_at + filesz], memsz))
     if not segments:
         raise ConfigError("-kernel: the ELF file has nothing to load")
@@ -81,21 +94,22 @@ def _parse(image: bytes) -> Elf:
 
 def put(segment: Segment, elf: Elf) -> None:
     for part in elf.segments:
-        platform.put(segment, part.address + part.size, b"", "the kernel")
-        platform.put(segment, part.address, part.data, "the kernel")
-        segment.ram[part.address + len(part.data) : part.address + part.size] = 0
+        platform.put(segment, part.address, part.data)
+        platform.clear(segment, part.address + len(part.data), part.size - len(part.data))
 
 
 def loader(machine: Machine, image: bytes) -> Loader:
     elf = parse(image)
     where = platform.memory(machine)
+    elf.check(where)
 
     def load(segment: Segment) -> messages.LoadCpu:
         platform.install(segment, machine, where)
         put(segment, elf)
         if elf.bits == 32:
-            return messages.LoadCpu(serial=0, mode="flat32", registers=platform.start_registers(where, elf.entry))
+            return messages.LoadCpu(serial=0, mode="flat32", registers=platform.start_registers(elf.entry))
         cr3 = platform.identity_tables(segment)
-        return messages.LoadCpu(serial=0, mode="long", registers=platform.start_registers(where, elf.entry, cr3=cr3))
+        registers = platform.start_registers(elf.entry, cr3=cr3)
+        return messages.LoadCpu(serial=0, mode="long", registers=registers)
 
     return load

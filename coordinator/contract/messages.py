@@ -73,7 +73,8 @@ class LoadCpu(Command, frozen=True, tag="loadcpu"):
     """vCPU: start state of a boot without firmware. ``mode`` is "long" (64-bit flat, paging by the CR3
     given), "flat32" (protected, no paging) or "wait" (an application processor: only MSRs are set).
     ``registers``: rax..r15, rip, rflags, cr3, gdt_base, gdt_limit, mtrr_def_type, mtrr_base0,
-    mtrr_mask0, mtrr_fixed (all eleven alike). Selectors: code 10h (long) or 20h (flat32), data 18h."""
+    mtrr_mask0, mtrr_fixed (all eleven alike), then mtrr_fixed2 (that one). Selectors: code 10h (long) or
+    20h (flat32), data 18h."""
 
     mode: str
     registers: dict[str, int]
