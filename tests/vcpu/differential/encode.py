@@ -27,7 +27,7 @@ from vcpu import optable
 
 RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
 MASK64 = values.MASK64
-AC = 1 << 18
+TF, AC = 1 << 8, 1 << 18
 # The formulas of 16-bit addressing by ModRM.rm, SDM vol. 2 table 2-1; those with BP have SS for a default
 FORMULAS16 = {0: (RBX, RSI), 1: (RBX, RDI), 4: (RSI, None), 5: (RDI, None), 7: (RBX, None)}
 
@@ -91,8 +91,8 @@ def pick_target(rnd: random.Random, shape: Shape, aim: str = "") -> int:
         return DATA_LINEAR + READONLY + rnd.randrange(0x800)
     if shape.bits != 64 or aim:
         return DATA_LINEAR + DATA_SIZE + 64
-    if width == 16:  # unaligned, too, and on the stack: #GP or #SS
-        return 0xFFFF7FFFFFFFFFF0
+    if width >= 16:  # aligned: else, on the stack, it is #GP or #SS
+        return 0xFFFF7FFFFFFFFFC0
     near = 0x800000000000 - (0 if shape.row.mnemonic in STATE_BYTES else rnd.randrange(9))
     return rnd.choice((0x8000000000000000, near, 0xFFFF7FFFFFFFFFFF, DATA_LINEAR + (1 << 32)))
 
@@ -127,6 +127,9 @@ class Encoder:
             code_at=at,
             rflags=0x202 | rnd.getrandbits(12) & values.STATUS | (rnd.random() < 0.05) << 10,
         )
+        # Single-step; not with REP: what the flags are between its iterations is not said
+        if not aim and not self.sequence and rnd.random() < 0.02 and shape.prefix not in ("rep", "repne"):
+            self.instance.rflags |= TF
         self.address_size = shape.bits
         if shape.prefix == "a" or shape.bits != 64 and not self.sequence and rnd.random() < 0.1:
             self.address_size = {64: 32, 32: 16, 16: 32}[shape.bits]

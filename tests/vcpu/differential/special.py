@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
 MASK64 = values.MASK64
-CF, AF, OF = 1, 0x10, 0x800
+CF, OF, AC = 1, 0x800, 1 << 18
+SEGMENTS = ("ES", "CS", "SS", "DS", "FS", "GS")
 SHIFTS = {"ROL", "ROR", "RCL", "RCR", "SHL", "SAL", "SHR", "SAR", "SHLD", "SHRD"}
 # Not to be laid across the end of the code pages: whether UD0 fetches a ModRM byte first differs between
 # makers
@@ -272,12 +273,12 @@ def _pop_flags(e: Encoder, reg: int, rm: int) -> None:
 
 def _push_segment(e: Encoder, reg: int, rm: int) -> None:
     """Intel's CPUs write two bytes of a wider item, others all (SDM vol. 2, PUSH)."""
-    if e.row.operands[0].text in ("ES", "CS", "SS", "DS", "FS", "GS"):
+    if e.row.operands[0].text in SEGMENTS:
         e.patch(e.gpr[RSP] - 8, bytes(8))
 
 
 def _pop_segment(e: Encoder, reg: int, rm: int) -> None:
-    if e.row.operands[0].text in ("ES", "SS", "DS", "FS", "GS"):
+    if e.row.operands[0].text in SEGMENTS:
         e.patch(e.gpr[RSP], struct.pack("<Q", selector(e)))
 
 
@@ -285,7 +286,7 @@ def _frame(e: Encoder, reg: int, rm: int) -> None:
     from tests.vcpu.differential.encode import pick_target  # noqa: PLC0415
 
     if e.row.mnemonic == "ENTER":
-        e.instance.rflags &= ~(1 << 18)  # AC competes with the fault at the final stack pointer
+        e.instance.rflags &= ~AC  # it competes with the fault at the final stack pointer
         e.gpr[RBP] = e.stack + e.rnd.choice((0, 40, 0x200))
     else:
         e.gpr[RBP] = e.rnd.choice((e.stack + 16, pick_target(e.rnd, e.shape))) if not e.aim else e.gpr[RSP]
@@ -377,6 +378,8 @@ def prepare(e: Encoder, reg: int, rm: int) -> None:
     if any(operand.text == "CL" for operand in row.operands):
         count = rnd.choice((0, 1, rnd.randrange(70), rnd.randrange(256))) & _count_mask(e)
         gpr[RCX] = gpr[RCX] & ~0xFF | count
+    if row.operands and row.operands[0].text in SEGMENTS:
+        e.instance.rflags &= ~AC  # two bytes or all of the item: the CPU's choice
     if row.mnemonic in STACK and not e.sequence:
         # where a selector can be bad, a fault is that in some shapes and the stack's in others
         selectors = "gp" in row.values.get("fault", "") and (e.shape.bits, e.shape.size) in SELECTOR_FAULTS
@@ -389,7 +392,8 @@ def prepare(e: Encoder, reg: int, rm: int) -> None:
                     DATA_LINEAR + DATA_SIZE
                 )  # which half of RSP counts on the way out of 64-bit mode is unsaid
             gpr[RSP] = place
-            e.instance.rflags &= ~(1 << 18)  # AC, for faults that compete
+            e.instance.rflags &= ~AC  # faults that compete
+            e.instance.target = DATA_LINEAR + 0x400
     if row.mnemonic in ("CALL", "JMP") and row.operands[0].kind == "E":
         _indirect(e, reg, rm)
     elif row.mnemonic in ("CALLF", "JMPF") and row.operands[0].text == "Ap":
