@@ -313,8 +313,15 @@ class Encoder:
             shape.size == 16 if shape.bits == 64 else shape.size in (16, 32) and shape.size != default
         ):
             prefixes.append(b"\x66")
+        if not self.aim and not self.sequence and row.source == "integer.tab" and rnd.random() < 0.04:
+            prefixes += self._idle_prefixes()
         rnd.shuffle(prefixes)
         return b"".join(prefixes) + (b"" if row.prefix in ("", "np") else bytes([int(row.prefix, 16)]))
+
+    def _idle_prefixes(self) -> list[bytes]:
+        """Prefixes that change nothing, but that an instruction of more than 15 bytes is #GP(0)."""
+        choices = (b"\x26", b"\x2e", b"\x36", b"\x3e") if self.shape.bits == 64 else (b"\x3e",)
+        return self.rnd.choices(choices, k=self.rnd.choice((1, 2, 3, self.rnd.randrange(6, 15))))
 
     def _registers(self) -> tuple[int, int]:
         """ModRM.reg and the register in ModRM.rm or the opcode."""
@@ -360,6 +367,8 @@ class Encoder:
         if shape.form == "m":
             tail, bits, relative = self._memory(reg & 7)
             rex |= bits
+        if head and shape.bits == 64 and not self.aim and rnd.random() < 0.02:
+            head = bytes([0x40 | rnd.randrange(16)]) + head  # REX counts only as the last prefix
         code = head + (bytes([0x40 | rex & 15]) if rex else b"")
         code += (b"", b"\x0f", b"\x0f\x38", b"\x0f\x3a")[row.map] + bytes([opcode])
         displacement = len(code) + 1
