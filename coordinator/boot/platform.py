@@ -18,8 +18,9 @@ from devhost.firmware import acpi
 
 GDT, BOOT_PARAMS, PAGE_TABLES, COMMAND_LINE, RSDP = 0x7000, 0x8000, 0x9000, 0x10000, 0xF0000
 LONGEST_COMMAND_LINE = 0x10000
-#: end of what is laid out above; from here to the EBDA a kernel may lie, too
-LOW_END = COMMAND_LINE + LONGEST_COMMAND_LINE
+#: where a kernel may not lie: what is laid out above, and the display. (The page below 1 MiB is where linkers
+#: put the headers of a kernel at 1 MiB.)
+TAKEN = ((GDT, COMMAND_LINE + LONGEST_COMMAND_LINE), (0xA0000, 0xC0000), (RSDP, RSDP + 0x1000))
 #: initial stack, growing down from the end of usable low memory
 STACK = 0x8F000
 EBDA = 0x9FC00
@@ -74,10 +75,8 @@ class Memory:
     def check(self, start: int, size: int, what: str) -> None:
         """ConfigError unless ``start`` and up is RAM that a kernel may be loaded to."""
         end = start + size
-        if start < GDT and end <= GDT or LOW_END <= start and end <= EBDA:
-            return
-        if start < MIB:
-            raise ConfigError(f"{what} wants to lie at {start:#x}, which is not free for it")
+        if any(start < taken_end and taken < end for taken, taken_end in TAKEN):
+            raise ConfigError(f"{what} wants to lie at {start:#x} to {end:#x}, which is not free for it")
         if end > LOW_RAM_LIMIT - ACPI_ROOM:
             raise ConfigError(f"{what} wants to lie at {start:#x} to {end:#x}, beyond what RAM there can be")
         if end > self.top:

@@ -226,6 +226,12 @@ def test_multiboot_elf(folder: Path) -> None:
     assert (kernel.mode, kernel.registers["rip"]) == ("flat32", MIB + 1)
 
 
+def test_headers_on_the_page_below_1_mib(folder: Path) -> None:
+    """Where GNU ld puts them for a kernel linked at 1 MiB."""
+    kernel = Loaded(folder, images.elf(32, MIB - 4096, bytes(4096) + b"code", 0x2000))
+    assert kernel.at(MIB, 4) == b"code"
+
+
 # ---- what does not fit, and what is none ------------------------------------------------------------------
 BAD = {
     "empty": b"",
@@ -240,7 +246,8 @@ BAD = {
     "elf far headers": images.elf()[:32] + b"\xff" * 8 + images.elf()[40:],
     "elf at 0": images.elf(address=0, size=0x9000),
     "elf over the boot data": images.elf(address=0x8000),
-    "elf in the display": images.elf(address=0xA0000),
+    "elf in the display": images.elf(address=0x9F000),
+    "elf over the ACPI root pointer": images.elf(address=0xEF000),
     "elf beyond RAM": images.elf(address=64 * MIB - 0x2000),
     "elf beyond 4 GiB": images.elf(address=1 << 40),
     "elf at the end of the world": images.elf(address=(1 << 64) - 0x1000),
