@@ -22,7 +22,6 @@ import multiprocess
 from multiprocess import forkserver, process, reduction, resource_tracker
 
 from coordinator.contract.errors import AtollError, ConfigError, IslandError
-from coordinator.contract.island import leave
 
 NURSERY = "coordinator.nursery"
 #: the machine's name, for the fork server's title in ``ps``
@@ -97,6 +96,8 @@ def redirect(fd: int, file: str, flags: int) -> None:
 
 def _main(module: str, config: type[msgspec.Struct], fields: dict[str, Any]) -> None:
     """First function of a child. What it prints, a traceback too, goes to its log, not to the terminal."""
+    from coordinator.contract.island import leave  # the coordinator starts us before it imports ZeroMQ
+
     redirect(0, os.devnull, os.O_RDONLY)
     for fd in (1, 2):
         redirect(fd, fields["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -11,11 +11,12 @@ import os
 import setproctitle
 
 import blockd.main
+import coordinator.contract.island
 import devhost.main
 import vcpu.main
 from coordinator.islands import NAME_VARIABLE, redirect
 
-PRELOADED = (blockd.main, devhost.main, vcpu.main)
+PRELOADED = (blockd.main, coordinator.contract.island, devhost.main, vcpu.main)
 
 if NAME_VARIABLE in os.environ:  # not where somebody only wants the modules
     redirect(0, os.devnull, os.O_RDONLY)

@@ -12,6 +12,8 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import setproctitle
+
 from coordinator import islands, runtime
 from coordinator.cli import build, files, options
 from coordinator.contract.errors import ConfigError
@@ -28,6 +30,7 @@ def run(arguments: list[str]) -> int:
         print(text)
         return 0
     files.check(settings)
+    setproctitle.setproctitle(f"atoll coordinator {settings.name}")
     with _signals_unwind(), _pidfile(settings.pidfile), runtime.folder(settings.name) as folder:
         islands.prepare(settings.name, folder)
         try:

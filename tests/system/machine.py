@@ -163,7 +163,8 @@ class Machine:
         return {key: value for key, value in (("processes", self.roles()), ("files", files)) if value}
 
     def gone(self) -> None:
-        """Fails unless nothing is left, now or in a moment (the fork server ends after us)."""
+        """Fails unless nothing is left, now or in a moment, and no exception was left to Python to report."""
+        assert not re.search("Traceback|never retrieved|never awaited", self.errors()), self.errors()
         until(lambda: not self.roles(), "the end of all processes")
         assert self.leaves() == {}
 
