@@ -125,6 +125,8 @@ class Mapping:
         """Read the L1 table again: it has been replaced."""
         raw = self._file.read(self._header.l1_table_offset, 8 * self._header.l1_size)
         self.l1: Entries = np.frombuffer(raw, ">u8").astype(np.uint64)
+        #: the same, quicker for single entries
+        self.l1_view = memoryview(self.l1)  # type: ignore[arg-type]
         self._cache.clear()
 
     # ---- reading ---------------------------------------------------------------------------------
@@ -134,7 +136,7 @@ class Mapping:
         if found is not None:
             self._cache.move_to_end(index)
             return found
-        entry = int(self.l1[index])
+        entry = self.l1_view[index]
         offset = entry & OFFSET
         if not offset:
             return None
@@ -211,11 +213,16 @@ class Mapping:
             return ZEROES
         return DATA if entry & OFFSET else UNALLOCATED
 
+    def own_table(self, index: int) -> L2Table | None:
+        """The L2 table of an L1 entry when it is at hand and the active L1 table's alone."""
+        table = self._cache.get(index)
+        return table if table is not None and self.l1_view[index] & COPIED else None
+
     # ---- changing --------------------------------------------------------------------------------
     def writable_table(self, index: int) -> tuple[L2Table, int | None]:
         """The L2 table of an L1 entry, made or copied where it does not belong to the active L1 table
         alone; and the cluster of the one that it replaces."""
-        entry = int(self.l1[index])
+        entry = self.l1_view[index]
         old = self.table(index)
         if old is not None and entry & COPIED:
             return old, None

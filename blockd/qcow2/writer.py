@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from blockd.qcow2.image import Qcow2Image
 
 _ZEROES = memoryview(bytes(1 << 20))
+#: of these bits, only COPIED is set in the entry of a cluster that is written in place
+_IN_PLACE = COPIED | COMPRESSED | ZERO
 
 
 class Writer:
@@ -47,6 +49,8 @@ class Writer:
     # ---- data ------------------------------------------------------------------------------------
     def write(self, offset: int, data: memoryview) -> None:
         """Write all of ``data``: it, and what points to it, is in the kernel afterwards."""
+        if (offset & (self._size - 1)) + len(data) <= self._size and self._write_one(offset, data):
+            return
         image = self._image
         bits, size, mapping = self._bits, self._size, image.mapping
         end = offset + len(data)
@@ -78,6 +82,39 @@ class Writer:
                 image.host.write(host, data[low:high])
         finally:
             image.leave(epoch)
+
+    def _write_one(self, offset: int, data: memoryview) -> bool:
+        """The usual cases of a write within one cluster: it has its place, or takes the place of nothing.
+        False, and nothing is done, for any other."""
+        image = self._image
+        cluster = offset >> self._bits
+        at = cluster & ((1 << self._table_bits) - 1)
+        inside = offset & (self._size - 1)
+        lock = image.lock
+        with lock:
+            index = cluster >> self._table_bits
+            table = image.mapping.own_table(index)
+            if table is None:
+                return False
+            entry = table.view[at]
+            if not entry and image.backing is None:
+                host_cluster, _ = image.refcounts.take(1)
+                host = host_cluster << self._bits
+                try:
+                    image.host.write(host + inside, data)
+                except OSError:
+                    image.condemn(np.array([host_cluster]))
+                    raise
+                image.mapping.store_one(index, table, at, host | COPIED)
+                return True
+            if entry & _IN_PLACE != COPIED:
+                return False
+            epoch = image.enter()
+        try:
+            image.host.write((entry & OFFSET) + inside, data)
+        finally:
+            image.leave(epoch)
+        return True
 
     def _writable(self, index: int) -> L2Table:
         table, replaced = self._image.mapping.writable_table(index)
