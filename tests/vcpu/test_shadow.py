@@ -9,7 +9,7 @@ from tests.vcpu.test_io import POSTED, SHADOW, Machine, machine
 
 __all__ = ["machine"]  # the fixture
 
-#: IDE: Status has an effect when read while an interrupt is pending; Device is plain, and selects whose status it is
+#: IDE: a read of Status has an effect while an interrupt is pending; Device is plain, and selects the drive
 STATUS, DEVICE = 0x1F7, 0x1F6
 READ_STATUS = f"mov dx, {STATUS}\n in al, dx\n"
 
@@ -20,9 +20,8 @@ def channel(machine: Machine) -> tuple[Machine, int, int]:
     hazard = machine.segment.allocate_hazard()
     status, device = machine.segment.allocate_shadow(), machine.segment.allocate_shadow()
     machine.map_port(STATUS, read_class=SHADOW, shadow=status, read_hazard=hazard)
-    machine.map_port(
-        DEVICE, read_class=SHADOW, shadow=device, read_hazard=hazard, write_class=POSTED, write_hazard=hazard, plain=1
-    )  # fmt: skip
+    reading = {"read_class": SHADOW, "shadow": device, "read_hazard": hazard}
+    machine.map_port(DEVICE, **reading, write_class=POSTED, write_hazard=hazard, plain=1)
     machine.segment.set_shadow(status, 0x50)
     machine.segment.set_shadow(device, 0xA0)
     return machine, status, device
@@ -33,7 +32,8 @@ def test_a_shadow_that_asks_is_a_round_trip(channel: tuple[Machine, int, int]) -
     machine.run(READ_STATUS)
     assert (machine.eax & 0xFF, machine.requests) == (0x50, [])
     machine.segment.set_shadow(status, SHADOW_ASK)
-    machine.before_reply = lambda: machine.segment.set_shadow(status, 0x51)  # the host has cleared the interrupt
+    # the host has cleared the interrupt
+    machine.before_reply = lambda: machine.segment.set_shadow(status, 0x51)
     machine.replies = [b"\x58"]
     machine.run(READ_STATUS)
     assert machine.eax & 0xFF == 0x58
