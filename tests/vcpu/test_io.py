@@ -231,12 +231,14 @@ def test_rep_ins_is_one_message(machine: Machine) -> None:
 def test_rep_ins_in_real_mode_goes_by_pages_up_to_the_end_of_the_segment(machine: Machine) -> None:
     """As firmware reads sectors; 16-bit offsets wrap, and an item across the wrap is beyond the limit."""
     machine.map_port(0x1F0, 2, widths=6)
-    code, _ = assemble("mov dx, 0x1f0\n mov di, 0xfe00\n mov cx, 0x700\n cld\n rep insw\n end: jmp end", CODE, 16)
+    source = "mov dx, 0x1f0\n mov di, 0xfe00\n mov cx, 0x700\n cld\n rep insw\n end: jmp end"
+    code, _ = assemble(source, CODE, 16)
     machine.segment.dma_write(CODE, code)
     machine.core.power_on()
     arch = machine.core.arch
     arch.seg[1].base, arch.rip = 0, CODE
-    arch.seg[0].base, arch.seg[0].selector = 0x10800, 0x1080  # ES: FE00h is at 20600h, its segment ends at 207FFh
+    # ES: FE00h is at 20600h, its segment ends at 207FFh
+    arch.seg[0].base, arch.seg[0].selector = 0x10800, 0x1080
     machine.core.state_changed()
     sizes = iter((0x100, 0x400, 0x200))
     machine.replies = [bytes([n]) * (2 * size) for n, size in enumerate(sizes, 1)]
