@@ -54,7 +54,9 @@ def resolve(image: str, name: str, allowed: tuple[str, ...]) -> str:
     real = os.path.realpath(path)
     places = (os.path.dirname(os.path.realpath(image)), *(os.path.realpath(p) for p in allowed if p != "*"))
     if "*" not in allowed and not any(_within(real, place) for place in places):
-        text = f"{image}: backing file {name!r} lies outside the image's folder; allow its folder to use it"
+        text = (
+            f"{image}: backing file {name!r} lies outside the image's folder; allow-backing=PLACE allows it"
+        )
         raise BlockError(text, errno.EACCES)
     return path
 

@@ -21,6 +21,7 @@ _EXTENSION = struct.Struct(">IIQQ")
 _ENTRY = struct.Struct(">QIIBBHI")
 MAX_BITMAPS, MAX_DIRECTORY, MAX_TABLE_ENTRIES = 65535, 64 << 20, 4 << 20
 IN_USE, AUTO = 1, 2
+DIRTY_TRACKING = 1
 _TABLE_OFFSET = np.uint64(0x00FFFFFFFFFFFE00)
 
 
@@ -33,6 +34,10 @@ class Bitmap:
     table_size: int
     flags: int
     granularity_bits: int
+    #: where the entry lies in the file
+    entry_offset: int
+    #: a dirty tracking bitmap without anything that is not known here
+    known: bool
 
     def flag_names(self) -> list[str]:
         """As qemu-img names them."""
@@ -63,12 +68,13 @@ def load(host: HostFile, header: Header) -> list[Bitmap]:
     for _ in range(count):
         if at + _ENTRY.size > size:
             raise refuse("is cut short")
-        table, entries, flags, _, granularity, name_length, extra = _ENTRY.unpack_from(data, at)
+        table, entries, flags, kind, granularity, name_length, extra = _ENTRY.unpack_from(data, at)
         name_at = at + _ENTRY.size + extra
         if name_at + name_length > size or entries > MAX_TABLE_ENTRIES or table % header.cluster_size:
             raise refuse("has an impossible entry")
         name = data[name_at : name_at + name_length].decode("utf-8", "replace")
-        result.append(Bitmap(name, table, entries, flags, granularity))
+        known = kind == DIRTY_TRACKING and not extra and not flags & ~(IN_USE | AUTO)
+        result.append(Bitmap(name, table, entries, flags, granularity, offset + at, known))
         at = (name_at + name_length + 7) & ~7
     return result
 

@@ -21,9 +21,10 @@ from blockd.image import Buffer, Extent, Image
 from blockd.locks import lock_image
 from blockd.qcow2 import backing, header, snapshots
 from blockd.qcow2.compression import decompress
-from blockd.qcow2.header import Header, Incompatible
+from blockd.qcow2.header import Autoclear, ExtensionType, Header, Incompatible
 from blockd.qcow2.refcounts import Clusters, Refcounts
 from blockd.qcow2.tables import DATA, OFFSET, PACKED, UNALLOCATED, ZEROES, Mapping
+from blockd.qcow2.tracking import Tracker
 from blockd.qcow2.writer import Writer
 from blockd.raw import RawImage
 from coordinator.contract.errors import BlockError
@@ -39,7 +40,7 @@ Piece = tuple[int, int, int, int]
 #: clusters that may wait for the client's flush before one is made
 MOST_CONDEMNED = 8192
 
-_KNOWN_AUTOCLEAR = 0
+_KNOWN_AUTOCLEAR = int(Autoclear.BITMAPS)
 
 
 class Qcow2Image(Image):
@@ -100,6 +101,7 @@ class Qcow2Image(Image):
         self._mask = self.header.cluster_size - 1
         self._per_table = self.mapping.layout.l2_bits
         self._writer = Writer(self)
+        self.tracker: Tracker | None = None
         if not read_only and not repair:
             try:
                 self._begin_writing()
@@ -122,8 +124,13 @@ class Qcow2Image(Image):
 
             recount(self)
             self.set_features(incompatible=self.header.incompatible & ~Incompatible.DIRTY)
-        if self.header.autoclear & ~_KNOWN_AUTOCLEAR:
-            self.set_features(autoclear=self.header.autoclear & _KNOWN_AUTOCLEAR)
+        kept = self.header.autoclear & _KNOWN_AUTOCLEAR
+        if self.header.extension(ExtensionType.BITMAPS) is None:
+            kept &= ~int(Autoclear.BITMAPS)
+        if self.header.autoclear != kept:
+            self.set_features(autoclear=kept)
+        if kept & Autoclear.BITMAPS:
+            self.tracker = Tracker(self)
 
     def set_features(self, incompatible: int | None = None, autoclear: int | None = None) -> None:
         """Write feature bits, durably before and after."""
@@ -273,22 +280,30 @@ class Qcow2Image(Image):
 
     # ---- changing --------------------------------------------------------------------------------
     def write(self, offset: int, data: Buffer, fua: bool = False) -> None:
+        if self.tracker is not None:
+            self.tracker.mark(offset, len(data))
         self._writer.write(offset, memoryview(data))
         if self.condemned_count > MOST_CONDEMNED or fua:
             self.flush()
 
     def write_zeroes(self, offset: int, length: int, unmap: bool, fast: bool, fua: bool = False) -> None:
+        if self.tracker is not None:
+            self.tracker.mark(offset, length)
         self._writer.write_zeroes(offset, length, unmap, fast)
         if self.condemned_count > MOST_CONDEMNED or fua:
             self.flush()
 
     def trim(self, offset: int, length: int) -> None:
+        if self.tracker is not None:
+            self.tracker.mark(offset, length)
         self._writer.trim(offset, length)
         if self.condemned_count > MOST_CONDEMNED:
             self.flush()
 
     def write_compressed(self, offset: int, packed: bytes) -> None:
         """Store one whole cluster that is compressed already."""
+        if self.tracker is not None:
+            self.tracker.mark(offset, self._mask + 1)
         self._writer.write_packed(offset, packed)
 
     def preallocate(self, offset: int, length: int) -> None:
@@ -328,6 +343,8 @@ class Qcow2Image(Image):
         try:
             if not self.read_only:
                 with self.lock:
+                    if self.tracker is not None:
+                        self.tracker.store()
                     self.refcounts.give_back_reserved()
                 self.flush()
                 self.host.sync()

@@ -65,6 +65,10 @@ def apply(image: Qcow2Image, wanted: str) -> None:
         known = snapshots.load(image.host, image.header)
         snapshot = snapshots.find(image.file, known, wanted)
         l1 = read_l1(image, snapshot.l1_table_offset, snapshot.l1_size)
+        if image.tracker is not None:
+            if snapshot.disk_size != image.size:
+                raise OSError(errno.ENOTSUP, f"{image.file}: has dirty bitmaps, so its size cannot change")
+            image.tracker.mark(0, image.size)
         switch(image, l1, snapshot.disk_size, known)
 
 
@@ -82,6 +86,8 @@ def resize(image: Qcow2Image, size: int) -> None:
         header = image.header
         if size == header.size:
             return
+        if image.tracker is not None:
+            raise OSError(errno.ENOTSUP, f"{image.file}: has dirty bitmaps, so its size cannot change")
         old = header.size
         entries = max(1, header.l1_entries_for(size))
         l1: Entries = np.zeros(entries, np.uint64)
@@ -97,6 +103,8 @@ def resize(image: Qcow2Image, size: int) -> None:
 def make_empty(image: Qcow2Image) -> None:
     """Forget all content: everything reads as the backing file again."""
     with at_rest(image):
+        if image.tracker is not None:
+            image.tracker.mark(0, image.size)
         l1: Entries = np.zeros(len(image.mapping.l1), np.uint64)
         switch(image, l1, image.header.size, snapshots.load(image.host, image.header))
 
