@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 import uuid as uuid_module
 from collections.abc import Callable
 
@@ -17,19 +18,17 @@ from coordinator.policy import Options
 
 MIN_RAM, MAX_RAM = 1 << 20, 64 << 30
 MAX_VCPUS = 32
-#: names that a command line for such a machine may carry; all mean the one model (docs/quirks.md)
-CPU_MODELS = (
-    "atoll",
-    "qemu64",
-    "kvm64",
-    "max",
-    "host",
-    "qemu32",
-    "EPYC",
-    "EPYC-Rome",
-    "EPYC-Milan",
-    "Opteron_G5",
+#: names that a command line may carry, as QEMU has them; all mean the one model (docs/quirks.md)
+CPU_MODELS = tuple(
+    "atoll max host base qemu64 qemu32 kvm64 kvm32 486 pentium pentium2 pentium3 coreduo core2duo "
+    "n270 athlon phenom Conroe Penryn Nehalem Westmere SandyBridge IvyBridge Haswell Broadwell "
+    "Skylake-Client Skylake-Server Cascadelake-Server Cooperlake Icelake-Server Snowridge "
+    "SapphireRapids GraniteRapids Denverton KnightsMill Opteron_G1 Opteron_G2 Opteron_G3 Opteron_G4 "
+    "Opteron_G5 EPYC EPYC-Rome EPYC-Milan EPYC-Genoa Dhyana".split()
 )
+#: what QEMU appends to a name for a variant of it
+CPU_VARIANT = re.compile(r"(-v\d+|-noTSX|-IBRS|-IBPB)+$")
+ENGINES, ABSENT_ENGINES = ("interp", "tcg"), ("kvm", "xen", "hvf", "whpx", "nvmm")
 
 
 def settings(arguments: list[str]) -> Settings:
@@ -51,7 +50,10 @@ def _finish(s: Settings) -> None:
         )
     if s.kernel is None and (s.initrd or s.append):
         raise UsageError("-initrd and -append need -kernel")
+    if s.engines and not set(s.engines) & set(ENGINES):
+        raise UsageError(f"-accel {s.engines[0]} is not available: Atoll emulates; say -accel tcg")
     _default_devices(s)
+    _share(s)
     if s.vga is None:
         s.vga = s.defaults
     _used_once(s)
@@ -68,6 +70,12 @@ def _default_devices(s: Settings) -> None:
         s.monitors.append(MonitorSpec(parse_device("monitor", "stdio"), "readline"))
     elif serial:
         s.serials.append(parse_device("serial", "null"))
+
+
+def _share(s: Settings) -> None:
+    """A monitor on the -chardev ...,mux=on of a serial port is the one that the port is shared with."""
+    shared = [spec for spec in s.serials if spec.mux]
+    s.monitors = [m for m in s.monitors if m.mode != "readline" or m.device not in shared or not m.device.id]
 
 
 def _used_once(s: Settings) -> None:
@@ -117,24 +125,25 @@ def _machine(s: Settings, value: str) -> None:
         raise UsageError(f"machine type '{kind}' is not known; the one there is is 'pc'")
     accel = kv.take("accel")
     if accel is not None:
-        _accel(s, accel)
+        for engine in accel.split(":"):
+            _accel(s, engine)
     kv.ignore("usb", "graphics", "dump-guest-core", "mem-merge", "vmport", "hpet", "acpi", "kernel-irqchip")
     kv.done(("type", "accel"))
 
 
 def _accel(s: Settings, value: str) -> None:
-    engine = options.split(value)[0].split(":")[0]
-    if engine in ("kvm", "xen", "hvf", "whpx"):
-        raise UsageError(f"-accel {engine} is not available: Atoll emulates; say -accel tcg")
-    if engine not in ("interp", "tcg"):
+    """One of a list in order of preference; one that there is must be among them."""
+    engine = options.split(value)[0]
+    if engine not in (*ENGINES, *ABSENT_ENGINES):
         raise UsageError(f"-accel {engine} is not known; choose interp or tcg")
+    s.engines.append(engine)
 
 
 def _cpu(s: Settings, value: str) -> None:
     name = options.split(value)[0]
     if name == "help":
         raise HelpWanted("CPU models: " + ", ".join(CPU_MODELS) + " (all name the same x86-64-v2 model)")
-    if name not in CPU_MODELS:
+    if CPU_VARIANT.sub("", name) not in CPU_MODELS:
         raise UsageError(
             f"-cpu {name} is not known; the nearest known one is {options.nearest(name, CPU_MODELS)}"
         )
@@ -223,6 +232,8 @@ def _vga(s: Settings, value: str) -> None:
 
 def _serial(s: Settings, value: str) -> None:
     s.serial_given = True
+    if value.startswith("mon:"):
+        s.monitor_given = True
     if value != "none":
         s.serials.append(parse_device("serial", value, s.chardevs))
     if len(s.serials) > 2:

@@ -40,6 +40,7 @@ class Settings:
     append: str = ""
     nographic: bool = False
     defaults: bool = True
+    engines: list[str] = field(default_factory=list)
     serial_given: bool = False
     monitor_given: bool = False
     options: Options = field(default_factory=Options)

@@ -106,6 +106,8 @@ TERMINAL, SHARED, NOTHING = "stdio", "mon:stdio", "null"
         ("-nographic -serial file:x", ["file"], [TERMINAL]),
         ("-nographic -serial none", [], [TERMINAL]),
         ("-nographic -serial mon:stdio -monitor none", [SHARED], []),
+        ("-nographic -serial mon:stdio", [SHARED], []),
+        ("-chardev stdio,id=c,mux=on -mon chardev=c,mode=readline -serial chardev:c", [SHARED], []),
         ("-nographic -qmp unix:q,server=on,wait=off", [TERMINAL], ["socket"]),
         ("-serial stdio -serial null", [TERMINAL, NOTHING], []),
         ("-serial none -monitor stdio", [], [TERMINAL]),
@@ -183,7 +185,18 @@ def test_boot(line: str, order: str, menu: bool) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["-net none", "-nic none", "-accel interp", "-accel tcg,thread=multi", "-M pc-i440fx-7.2", "-cpu max"],
+    [
+        "-net none",
+        "-nic none",
+        "-accel interp",
+        "-accel tcg,thread=multi",
+        "-M pc-i440fx-7.2",
+        "-cpu max",
+        "-cpu Skylake-Server-v4",
+        "-cpu Haswell-noTSX-IBRS,-avx",
+        "-machine pc,accel=kvm:tcg",
+        "-accel kvm -accel tcg",
+    ],
 )
 def test_accepted_without_effect(line: str) -> None:
     assert parse(line).vcpus == 1
@@ -220,6 +233,9 @@ def test_trace_and_log() -> None:
         "-serial tcp:host:99999",
         "-m 65G",
         "-machine pc,nonsense=1",
+        "-accel kvm",
+        "-accel nonsense",
+        "-machine pc,accel=kvm:xen",
         "-mon nochardev",
         "-append x",
     ],

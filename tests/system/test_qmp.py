@@ -12,6 +12,7 @@ import signal
 import socket
 import struct
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -400,25 +401,25 @@ def test_quit_while_starting() -> None:
         machine.gone()
 
 
-def test_a_socket_that_waits_for_its_client(machine: Machine) -> None:
+@pytest.mark.parametrize("connect", [True, False])
+def test_a_socket_that_waits_for_its_client(connect: bool) -> None:
     """The guest runs only when somebody has connected; SIGTERM ends the wait."""
-    path = machine.runtime / "serial"
-    for connect in (True, False):
-        with with_qmp("-serial", f"unix:{path},server=on") as waiting:
-            until(lambda waiting=waiting: "waiting for a connection" in waiting.errors(), "the wait")
-            with waiting.qmp() as monitor:
-                assert monitor.cmd("query-status")["status"] == "prelaunch"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "serial"
+        with with_qmp("-serial", f"unix:{path},server=on") as machine, machine.qmp() as monitor:
+            until(lambda: "waiting for a connection" in machine.errors(), "the wait")
+            assert monitor.cmd("query-status")["status"] == "prelaunch"
             if connect:
                 with socket.socket(socket.AF_UNIX) as client:
                     client.connect(str(path))
                     assert client.recv(6) == b"ready\n"
                     client.sendall(b"O")
-                    assert waiting.wait() == 0
+                    assert machine.wait() == 0
             else:
-                waiting.kill(signal.SIGTERM)
-                assert waiting.wait() == 0
+                machine.kill(signal.SIGTERM)
+                assert machine.wait() == 0
             assert not path.exists()
-            waiting.gone()
+            machine.gone()
 
 
 def test_two_machines_of_one_name(tmp_path: Path) -> None:
