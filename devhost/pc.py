@@ -7,7 +7,6 @@ sheet, table "I/O address map".
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable
 from functools import partial
 
@@ -43,6 +42,7 @@ from devhost.memory import ABOVE_4G, IOAPIC, LOW_RAM_LIMIT, MMIO, READ, WRITE, L
 from devhost.pci.i440fx import PAM_SEGMENTS, I440fx
 from devhost.pci.piix3 import Piix3Isa, Piix4Pm
 from devhost.service import Service
+from devhost.trace import Tracer
 from devhost.wall_clock import wall_clock
 
 SERIAL_PORTS = ((0x3F8, 4), (0x2F8, 3))
@@ -87,7 +87,7 @@ class Pc:
         self._pci()
         self._firmware()
         if machine.trace:
-            self.bus.trace = self._trace
+            self.bus.trace = Tracer(machine.trace, self.clock.now, service.outlet.trace)
         self.power_on()
 
     # ---- helpers ---------------------------------------------------------------------------------
@@ -108,23 +108,6 @@ class Pc:
         """Let every vCPU see the port map as it is now."""
         if not self._quiet:
             self.segment.republish_map()
-
-    def _trace(self, device: str, register: str, width: int, data: bytes, write: bool) -> None:
-        direction = "write" if write else "read"
-        if not any(
-            fnmatch.fnmatch(name, pattern)
-            for pattern in self.machine.trace
-            for name in (device, f"{device}_{direction}")
-        ):
-            return
-        value = (
-            f"{int.from_bytes(data, 'little'):#x}"
-            if len(data) <= width
-            else f"{len(data)} bytes {data[:16].hex(' ')}"
-        )
-        self.service.outlet.trace(
-            f"{self.clock.now() / 1e9:.6f} {device}_{direction} {register} {8 * width} bits: {value}"
-        )
 
     def _ask_reset(self, reason: str) -> Callable[[], None]:
         """For reset lines: the coordinator resets the machine."""

@@ -26,8 +26,10 @@ def test_nothing_leaves_before_it_is_flushed() -> None:
     assert control.sent == []
     outlet.flush()
     assert control.sent == [
-        SerialOutput(index=1, data=b"ab"), DebugOutput(port=0x402, data=b"ab"), TraceLines(lines=("line 97", "line 98")),
-    ]  # fmt: skip
+        SerialOutput(index=1, data=b"ab"),
+        DebugOutput(port=0x402, data=b"ab"),
+        TraceLines(lines=("line 97", "line 98")),
+    ]
     outlet.flush()
     assert len(control.sent) == 3
 
