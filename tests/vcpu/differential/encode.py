@@ -27,6 +27,7 @@ from vcpu import optable
 
 RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
 MASK64 = values.MASK64
+BEHIND = 0x800 + 100  # a sequence has less than 100 bytes
 TF, AC = 1 << 8, 1 << 18
 # The formulas of 16-bit addressing by ModRM.rm, SDM vol. 2 table 2-1; those with BP have SS for a default
 FORMULAS16 = {0: (RBX, RSI), 1: (RBX, RDI), 4: (RSI, None), 5: (RDI, None), 7: (RBX, None)}
@@ -43,6 +44,7 @@ class Instance:
     rflags: int = 0x202
     patches: list[tuple[int, bytes]] = field(default_factory=list)  # from DATA_LINEAR
     data_segment: int = USER_DATA  # DS and ES
+    stack_segment: int = USER_DATA
     target: int = 0  # linear address of the memory operand
     immediate: int = 0
     fx: bytes = b""
@@ -127,8 +129,10 @@ class Encoder:
             code_at=at,
             rflags=0x202 | rnd.getrandbits(12) & values.STATUS | (rnd.random() < 0.05) << 10,
         )
-        # Single-step; not with REP: what the flags are between its iterations is not said
-        if not aim and not self.sequence and rnd.random() < 0.02 and shape.prefix not in ("rep", "repne"):
+        # Single-step. What the flags are between iterations of REP, and whether RF is seen behind IRET, is
+        # not said.
+        unsaid = shape.prefix in ("rep", "repne") or self.row.mnemonic == "IRET"
+        if not aim and not self.sequence and rnd.random() < 0.02 and not unsaid:
             self.instance.rflags |= TF
         self.address_size = shape.bits
         if shape.prefix == "a" or shape.bits != 64 and not self.sequence and rnd.random() < 0.1:
@@ -145,6 +149,9 @@ class Encoder:
         )
         if shape.bits != 64 and rnd.random() < often:
             self.instance.data_segment = LDT_DATA
+            # 16-bit stack pointer; a far call counts with that of the mode it goes to
+            if not self.sequence and aim != "fault" and self.row.mnemonic != "CALLF" and rnd.random() < 0.5:
+                self.instance.stack_segment = LDT_DATA
         self.instance.target = self._target()
         self.reserved: set[int] = set()  # registers with a meaning of their own
         self.operand = b""  # what the memory operand holds
@@ -265,11 +272,13 @@ class Encoder:
 
     # ---- branch targets, immediates ----
     def code_target(self, length: int, reach: int) -> int:
-        """A place in the code pages to branch to, counted from them; not in the instruction itself, in a
-        sequence forward."""
+        """A place in the code pages to branch to, counted from them: not in the instruction itself, in a
+        sequence behind all of it."""
         begin = self.instance.code_at
+        if self.sequence:
+            return self.rnd.randrange(BEHIND, begin + length + reach)
         while True:
-            at = begin + length + self.rnd.randrange(0 if self.sequence else -reach, reach)
+            at = begin + length + self.rnd.randrange(-reach, reach)
             if 0x10 <= at < CODE_SIZE - 0x10 and not begin <= at < begin + length:
                 return at
 
@@ -290,7 +299,7 @@ class Encoder:
         if kind in ("Iz", "Iv"):
             return values.integer(rnd).to_bytes(8, "little")[: wide if kind == "Iz" else size // 8]
         if kind == "Jb":
-            return struct.pack("<b", self.code_target(length + 1, 100) - self.instance.code_at - length - 1)
+            return struct.pack("<b", self.code_target(length + 1, 126) - self.instance.code_at - length - 1)
         if kind == "Jz":
             wide = 4 if self.shape.bits == 64 else wide
             return struct.pack(
@@ -383,6 +392,9 @@ class Encoder:
             code = code[:displacement] + struct.pack("<I", value) + code[displacement + 4 :]
         if shape.form == "m" or any(operand.kind == "O" for operand in row.operands):
             self.patch(instance.target, self.operand[: shape.width])
+        if instance.stack_segment == LDT_DATA:
+            for register in (RSP, RBP) if row.mnemonic in ("ENTER", "LEAVE") else (RSP,):
+                self.gpr[register] = (self.gpr[register] - DATA_LINEAR) & 0xFFFF | rnd.getrandbits(16) << 16
         instance.code = code
         instance.gpr = [value & self.mask for value in self.gpr]
         return instance

@@ -19,7 +19,6 @@ from tests.vcpu.differential.machine import (
     GS_BASE,
     HOST_FSGSBASE,
     HOST_LDT,
-    USER_DATA,
     Lost,
     Oracle,
     Ours,
@@ -44,12 +43,8 @@ def fill(case: Any, instance: Instance) -> None:
     before = case.before
     before.gpr = instance.gpr
     before.rip, before.rflags = instance.rip, instance.rflags
-    before.cs, before.ss, before.ds, before.es = (
-        instance.cs,
-        USER_DATA,
-        instance.data_segment,
-        instance.data_segment,
-    )
+    before.cs, before.ss = instance.cs, instance.stack_segment
+    before.ds = before.es = instance.data_segment
     before.fs = before.gs = 0
     before.fs_base, before.gs_base = FS_BASE, GS_BASE
     fx = instance.fx or values.PLAIN_FX
@@ -130,7 +125,7 @@ def describe(instance: Instance) -> str:
     return (
         f"{instance.shape.key}\n"
         f"  [{instance.code.hex(' ')}] at {instance.rip:#x}, rflags {instance.rflags:#x}, operand at "
-        f"{instance.target:#x}, ds {instance.data_segment:#x}\n  {registers}"
+        f"{instance.target:#x}, ds {instance.data_segment:#x}, ss {instance.stack_segment:#x}\n  {registers}"
     )
 
 
