@@ -105,6 +105,7 @@ static COLD void fxsave(struct cpu *c, const struct uop *u)
     put_x87(c, u, &image);
     put_mxcsr(&image);
     put_xmm(c, &image);
+    mem_probe_write(c, u, lin, sizeof image);
     mem_write_bytes(c, u, lin, &image, fx_bytes(c)); /* what follows belongs to software, or to registers not there */
 }
 
