@@ -234,9 +234,13 @@ int io_inta(struct cpu *c)
 }
 
 /* ---- memory ---- */
+/* Where no register is described the access goes as it is, but for what a piece before it has left over: a message's items are
+ * of 1, 2, 4 or 8 bytes. */
+static unsigned power_of_two(unsigned width) { return width >= 8 ? 8 : width >= 4 ? 4 : width >= 2 ? 2 : 1; }
+
 static struct piece memory_piece(struct cpu *c, const struct map_region *r, uint64_t gpa, unsigned width)
 {
-    struct piece p = {.space = SPACE_MEMORY, .addr = gpa, .width = width, .host = r->host, .device = r->device};
+    struct piece p = {.space = SPACE_MEMORY, .addr = gpa, .width = power_of_two(width), .host = r->host, .device = r->device};
     uint64_t offset = gpa - r->gpa;
     const struct reg_desc *regs = &seg_regs(c->seg)[r->first_reg];
     for (unsigned i = 0; i < r->regs; i++) {
