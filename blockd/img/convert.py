@@ -129,32 +129,57 @@ def _copy(source: Image, given: common.argparse.Namespace, target_format: str) -
 
 def _pieces(source: Image, granularity: int, progress: common.Progress, whole: bool) -> Iterator[Piece]:
     """What is not zero, in order, in multiples of ``granularity`` but at the end; with ``whole``
-    everything, since there may be something at the target."""
-    buffer = memoryview(bytearray(max(CHUNK, granularity)))
-    words = np.frombuffer(buffer, np.uint64)
+    everything, since there may be something at the target. A piece is valid until the next one."""
+    for offset, data in _read_ahead(source, _ranges(source, granularity, whole), max(CHUNK, granularity)):
+        if whole:
+            yield Piece(offset, data)
+        else:
+            yield from _without_zeroes(offset, data, granularity)
+        progress.at(offset + len(data))
+
+
+def _ranges(source: Image, granularity: int, whole: bool) -> Iterator[tuple[int, int]]:
+    """(offset, length) of what has to be read."""
+    longest = max(CHUNK, granularity)
     at = done = 0
     for extent in source.extents(0, source.size):
         stop = at + extent.length
-        if extent.zero and not whole:
-            at = stop
-            continue
-        offset = max(done, at // granularity * granularity)
-        end = min(source.size, -(-stop // granularity) * granularity)
-        while offset < end:
-            length = min(len(buffer), end - offset)
-            source.read_into(offset, buffer[:length])
-            if whole:
-                yield Piece(offset, buffer[:length])
-            else:
-                yield from _without_zeroes(offset, buffer[:length], words, granularity)
-            offset += length
-            progress.at(offset)
-        at, done = stop, offset
+        if whole or not extent.zero:
+            offset = max(done, at // granularity * granularity)
+            end = min(source.size, -(-stop // granularity) * granularity)
+            while offset < end:
+                length = min(longest, end - offset)
+                yield offset, length
+                offset += length
+            done = offset
+        at = stop
 
 
-def _without_zeroes(offset: int, data: memoryview, words: np.ndarray, granularity: int) -> Iterator[Piece]:
+def _read_ahead(
+    source: Image, ranges: Iterator[tuple[int, int]], longest: int
+) -> Iterator[tuple[int, memoryview]]:
+    """Read ranges, the next one while the last one is being used."""
+    buffers = [memoryview(bytearray(longest)) for _ in range(2)]
+    before: tuple[int, memoryview, Future[None]] | None = None
+    with ThreadPoolExecutor(1) as pool:
+        for number, (offset, length) in enumerate(ranges):
+            buffer = buffers[number % 2][:length]
+            reading = pool.submit(source.read_into, offset, buffer)
+            if before is not None:
+                before[2].result()
+                yield before[0], before[1]
+            before = offset, buffer, reading
+        if before is not None:
+            before[2].result()
+            yield before[0], before[1]
+
+
+def _without_zeroes(offset: int, data: memoryview, granularity: int) -> Iterator[Piece]:
     full = len(data) // granularity
-    used = words[: full * granularity // 8].reshape(full, granularity // 8).any(axis=1)
+    rows = np.frombuffer(data[: full * granularity], np.uint64).reshape(full, granularity // 8)
+    used = rows[:, 0] != 0  # mostly that says it
+    unclear = np.flatnonzero(~used)
+    used[unclear] = rows[unclear].any(axis=1)
     edges = np.flatnonzero(np.diff(np.concatenate(([False], used, [False])).astype(np.int8)))
     for first, last in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
         yield Piece(offset + first * granularity, data[first * granularity : last * granularity])
