@@ -66,6 +66,9 @@ models: ## model-check the arguments of docs/models (needs spin)
 	  { grep -q 'errors: 0' "$$folder/out" || { cat "$$folder/out"; exit 1; }; } && \
 	  echo "[models] $$model: $$(awk '/states, stored/ { print $$1 }' "$$folder/out") states, no errors" && rm -r "$$folder"; done
 
+differential: setup ## instructions against the host's CPU, a million by default (ARGS="--cases 9000000 --seed 7")
+	@$(PYTHON) -m tests.vcpu.differential $(ARGS)
+
 clean: ## remove what was built (the cache of guest pieces stays)
 	rm -rf $(VENV) build *.egg-info
 	find coordinator vcpu devhost blockd -name '*.so' -delete
