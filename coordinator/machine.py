@@ -409,7 +409,7 @@ class Vm:
             if runs:
                 await self._run()
             elif self.state == "shutdown":
-                self.state = "paused"
+                self.state = "prelaunch"
 
     def quit(self, reason: str = "host-qmp-quit") -> None:
         """End the run from the host's side, at any time."""

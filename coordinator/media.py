@@ -86,6 +86,7 @@ async def change(
     """Open the tray, swap the medium, close it. Where the new one cannot be used, the old one comes back."""
     if image_format not in (None, "raw"):
         raise ConfigError(f"format {image_format} cannot be used yet; only raw images can")
+    _removable(vm, name)
     path = os.path.abspath(filename)
     if not os.path.exists(path):
         raise ConfigError(f"Could not open '{filename}': No such file or directory")
