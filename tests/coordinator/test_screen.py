@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from coordinator import screen
 from coordinator.contract import messages
@@ -42,9 +43,8 @@ def test_png_chunk_by_chunk() -> None:
 
 
 def test_png_by_another_decoder(tmp_path: Path) -> None:
-    image = pytest.importorskip("PIL.Image")
     (tmp_path / "s.png").write_bytes(screen.png(WIDTH, HEIGHT, RGB))
-    with image.open(tmp_path / "s.png") as picture:
+    with Image.open(tmp_path / "s.png") as picture:
         assert picture.size == (WIDTH, HEIGHT) and picture.mode == "RGB"
         assert picture.tobytes() == RGB
 
