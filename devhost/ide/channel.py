@@ -165,7 +165,9 @@ class IdeChannel(Device):
             return self._alternate_status(0)
         drive = self.drives[self.selected]
         if offset == reg.STATUS and drive is not None and drive.intrq:
-            return None
+            return None  # reading it clears the interrupt
+        if offset == reg.DEVICE and drive is None:
+            return None  # what an absent drive's register reads is not what was written there
         return self._read_command_block(offset)
 
     # ---- command block -------------------------------------------------------------------------------

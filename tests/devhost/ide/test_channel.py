@@ -245,3 +245,14 @@ def test_status_is_a_shadow_unless_reading_it_clears_the_interrupt() -> None:
     assert rig.channel.peek(STATUS, "command") is None and rig.channel.peek(0, "control") == 0x50
     assert rig.channel.read(STATUS, 1, "command") == 0x50
     assert rig.channel.peek(STATUS, "command") == 0x50 and not rig.pin.level
+
+
+def test_device_is_no_plain_register_where_no_drive_is() -> None:
+    """9.16.1: an absent drive 1 reads 00h - a write of 00h selects drive 0 all the same."""
+    rig = disk()
+    rig.write(DEVICE, 0xA0)
+    assert rig.channel.peek(DEVICE, "command") == 0xA0
+    rig.write(DEVICE, 0xB0)
+    assert rig.read(DEVICE) == 0x00 and rig.channel.peek(DEVICE, "command") is None
+    rig.write(DEVICE, 0x00)
+    assert rig.channel.peek(STATUS, "command") == 0x50
