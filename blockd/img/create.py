@@ -52,6 +52,10 @@ def qcow2_options(disk_size: int, given: dict[str, str]) -> tuple[Options, str]:
             options.backing_file = value
         elif name == "backing_fmt":
             options.backing_format = value
+        elif name == "data_file":
+            options.data_file = value
+        elif name == "data_file_raw":
+            options.data_file_raw = _flag(name, value)
         elif name == "size":
             options.size = common.size(value)
         elif name in ("extended_l2", "nocow") and not _flag(name, value):
@@ -93,6 +97,9 @@ def run(arguments: list[str]) -> int:
         _check_backing(given.file, options, given.allow_backing)
     if options.size < 0:
         raise UsageError("create: a size is needed")
+    options.check()
+    if options.data_file is not None:
+        common.make_raw(resolve(given.file, options.data_file, ("*",), "data file"), options.size)
     create(given.file, options)
     if preallocation != "off":
         preallocate(given.file, preallocation)
@@ -157,6 +164,9 @@ def _formatting(file: str, options: Options, preallocation: str) -> str:
         parts.append(f"preallocation={preallocation}")
     if options.version == 2:
         parts.append("compat=0.10")
+    if options.data_file is not None:
+        parts.append(f"data_file={options.data_file}")
+        parts += ["data_file_raw=on"] if options.data_file_raw else []
     parts += [f"compression_type={options.compression}", f"size={-(-options.size // 512) * 512}"]
     if options.backing_file is not None:
         parts.append(f"backing_file={options.backing_file}")

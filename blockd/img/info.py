@@ -9,7 +9,7 @@ from typing import Any
 from blockd.img import common
 from blockd.qcow2 import bitmaps, snapshots
 from blockd.qcow2.backing import Chain, plain_path, resolve
-from blockd.qcow2.header import Compatible, Incompatible
+from blockd.qcow2.header import Autoclear, Compatible, Incompatible
 from blockd.qcow2.image import Qcow2Image
 
 
@@ -88,6 +88,9 @@ def _row(image: Any, file: str) -> dict[str, Any]:
     }
     if header.version >= 3:
         data["lazy-refcounts"] = bool(header.compatible & Compatible.LAZY_REFCOUNTS)
+        if header.data_file is not None:
+            data["data-file"] = header.data_file
+            data["data-file-raw"] = bool(header.autoclear & Autoclear.RAW_DATA_FILE)
         data["corrupt"] = bool(header.incompatible & Incompatible.CORRUPT)
         data["extended-l2"] = bool(header.incompatible & Incompatible.EXTENDED_L2)
         known = bitmaps.load(image.host, header)

@@ -61,7 +61,7 @@ def entries_of(image: Image, start: int, length: int, depth: int = 0) -> Iterato
         return
     for kind, at, size, where in image.map(start, length):
         if kind == DATA:
-            yield Entry(at, size, depth, True, False, True, where, image.file)
+            yield Entry(at, size, depth, True, False, True, where, image.data.file)
         elif kind == PACKED:
             yield Entry(at, size, depth, True, False, True, None, image.file)
         elif kind != UNALLOCATED:

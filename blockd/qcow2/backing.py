@@ -46,17 +46,15 @@ def plain_path(image: str, name: str) -> str | None:
     return os.path.join(os.path.dirname(os.path.realpath(image)), name)
 
 
-def resolve(image: str, name: str, allowed: tuple[str, ...]) -> str:
-    """The path of a backing file; BlockError when the user has not allowed it."""
+def resolve(image: str, name: str, allowed: tuple[str, ...], what: str = "backing file") -> str:
+    """The path of a backing or data file; BlockError when the user has not allowed it."""
     path = plain_path(image, name)
     if path is None:
-        raise BlockError(f"{image}: backing file {name!r} is no plain file name; refused", errno.EACCES)
+        raise BlockError(f"{image}: {what} {name!r} is no plain file name; refused", errno.EACCES)
     real = os.path.realpath(path)
     places = (os.path.dirname(os.path.realpath(image)), *(os.path.realpath(p) for p in allowed if p != "*"))
     if "*" not in allowed and not any(_within(real, place) for place in places):
-        text = (
-            f"{image}: backing file {name!r} lies outside the image's folder; allow-backing=PLACE allows it"
-        )
+        text = f"{image}: {what} {name!r} lies outside the image's folder; allow-backing=PLACE allows it"
         raise BlockError(text, errno.EACCES)
     return path
 

@@ -18,6 +18,7 @@ from blockd.qcow2.header import (
     MAX_L1_BYTES,
     MIN_CLUSTER_BITS,
     NEW_LENGTH,
+    Autoclear,
     Compatible,
     ExtensionType,
     Header,
@@ -40,6 +41,8 @@ class Options:
     compression: str = "zlib"
     backing_file: str | None = None
     backing_format: str | None = None
+    data_file: str | None = None
+    data_file_raw: bool = False
 
     def check(self) -> None:
         """BlockError in one line for what cannot be."""
@@ -58,6 +61,10 @@ class Options:
             raise BlockError(
                 f"compression_type {self.compression!r} is unknown (zlib and zstd are known)", errno.EINVAL
             )
+        if self.data_file is not None and self.version == 2:
+            raise BlockError("compat=0.10 has no external data file", errno.EINVAL)
+        if self.data_file_raw and (self.data_file is None or self.backing_file is not None):
+            raise BlockError("data_file_raw needs data_file, and no backing file", errno.EINVAL)
         if not 0 <= self.size < 1 << 63:
             raise BlockError(f"a disk of {self.size} bytes is not possible", errno.EINVAL)
 
@@ -100,6 +107,10 @@ def _header(options: Options) -> Header:
             header.incompatible = int(Incompatible.COMPRESSION)
         if header.cluster_size >= 1024:
             header.set_extension(ExtensionType.FEATURE_NAMES, feature_table())
+    if options.data_file is not None:
+        header.incompatible |= int(Incompatible.DATA_FILE)
+        header.autoclear = int(Autoclear.RAW_DATA_FILE) if options.data_file_raw else 0
+        header.set_extension(ExtensionType.DATA_FILE, options.data_file.encode("utf-8", "surrogateescape"))
     if options.backing_file is not None:
         header.backing_file = options.backing_file
         if options.backing_format is not None:

@@ -83,7 +83,7 @@ FEATURE_NAMES = {
     (2, 0): "bitmaps",
     (2, 1): "raw external data",
 }
-_SUPPORTED = Incompatible.DIRTY | Incompatible.CORRUPT | Incompatible.COMPRESSION
+_SUPPORTED = Incompatible.DIRTY | Incompatible.CORRUPT | Incompatible.DATA_FILE | Incompatible.COMPRESSION
 
 
 class Refusal(Protocol):
@@ -302,6 +302,8 @@ def _check_features(header: Header, first: bytes, writing: bool, refuse: Refusal
     raw = bool(header.autoclear & Autoclear.RAW_DATA_FILE)
     if raw and not header.incompatible & Incompatible.DATA_FILE:
         raise refuse("is marked as raw external data, but has no external data file")
+    if header.incompatible & Incompatible.DATA_FILE and not header.data_file:
+        raise refuse("has an external data file, and does not name it")
 
 
 def _names_of(header: Header, bits: int) -> str:

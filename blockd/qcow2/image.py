@@ -40,7 +40,7 @@ Piece = tuple[int, int, int, int]
 #: clusters that may wait for the client's flush before one is made
 MOST_CONDEMNED = 8192
 
-_KNOWN_AUTOCLEAR = int(Autoclear.BITMAPS)
+_KNOWN_AUTOCLEAR = int(Autoclear.BITMAPS | Autoclear.RAW_DATA_FILE)
 
 
 class Qcow2Image(Image):
@@ -68,6 +68,8 @@ class Qcow2Image(Image):
         self.read_only = read_only
         chain = chain or backing.Chain()
         self.host = open_file(file, read_only)
+        #: where guest clusters lie: in the image itself, or in a file of their own
+        self.data = self.host
         self.backing: Image | None = None
         try:
             if locked and not lock_image(self.host.fd, file, not read_only):
@@ -78,6 +80,8 @@ class Qcow2Image(Image):
             self.size = self.header.size
             self.refcounts = Refcounts(self.host, self.header)
             self.mapping = Mapping(self.host, self.header, self.refcounts)
+            if self.header.incompatible & Incompatible.DATA_FILE:
+                self.data = self._open_data(chain, open_file, locked)
             below = chain.below(file, self.host.identity())
             if self.header.backing_file is not None and backed:
                 self.backing = backing.open_backing(
@@ -107,14 +111,33 @@ class Qcow2Image(Image):
                 self._begin_writing()
             except OSError as error:
                 self.close_files()
-                raise BlockError(
-                    f"{file}: cannot be written: {error.strerror or error}", error.errno or 5
-                ) from None
+                text = f"{file}: cannot be written: {error.strerror or error}"
+                raise BlockError(text, error.errno or errno.EIO) from None
+            except BaseException:
+                self.close_files()
+                raise
 
     def _read_header(self, repair: bool) -> Header:
         size = self.host.size()
         first = self.host.read(0, min(size, 1 << header.MAX_CLUSTER_BITS))
         return header.parse(self.file, first, size, not self.read_only, repair)
+
+    def _open_data(self, chain: backing.Chain, open_file: OpenFile, locked: bool) -> HostFile:
+        """The external data file, which must lie where a backing file might."""
+        name = self.header.data_file
+        assert name is not None
+        path = backing.resolve(self.file, name, chain.allowed, "data file")
+        data = open_file(path, self.read_only)
+        if data.identity() == self.host.identity():
+            data.close()
+            raise BlockError(f"{self.file}: is its own data file", errno.ELOOP)
+        try:
+            if locked:
+                lock_image(data.fd, path, not self.read_only)
+        except BaseException:
+            data.close()
+            raise
+        return data
 
     def _begin_writing(self) -> None:
         """Refcounts of an image that was not closed are counted again; features that are to be cleared
@@ -171,7 +194,7 @@ class Qcow2Image(Image):
             for kind, at, length, where in pieces:
                 part = view if length == len(view) else view[at : at + length]
                 if kind == DATA:
-                    self.host.read_into(where, part)
+                    self.data.read_into(where, part)
                 elif kind == PACKED:
                     inside = (offset + at) & self._mask
                     part[:] = self.unpack(where)[inside : inside + length]
@@ -229,7 +252,7 @@ class Qcow2Image(Image):
             pieces = self._locate(offset, length)
         for kind, at, size, where in pieces:
             if kind == DATA:
-                os.posix_fadvise(self.host.fd, where, size, os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(self.data.fd, where, size, os.POSIX_FADV_WILLNEED)
             elif kind == UNALLOCATED and self.backing is not None and offset + at < self.backing.size:
                 self.backing.prefetch(offset + at, min(size, self.backing.size - offset - at))
 
@@ -326,6 +349,8 @@ class Qcow2Image(Image):
                 epoch = self._epoch
                 if condemned:  # else nobody waits, and the other half may not be empty at the next turn
                     self._epoch = 1 - epoch
+            if self.data is not self.host:
+                self.data.sync()
             self.host.sync()
             if condemned:
                 with self.lock:
@@ -356,6 +381,8 @@ class Qcow2Image(Image):
     def close_files(self) -> None:
         """Release files and locks, and nothing else."""
         self.host.close()
+        if self.data is not self.host:
+            self.data.close()
         if self.backing is not None:
             self.backing.close()
 

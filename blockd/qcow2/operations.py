@@ -39,6 +39,10 @@ def create(image: Qcow2Image, name: str, now: float | None = None) -> Snapshot:
     """Keep the state of the disk under a name."""
     now = time.time() if now is None else now
     with at_rest(image):
+        if image.data is not image.host:
+            raise OSError(
+                errno.ENOTSUP, f"{image.file}: has an external data file, so it can have no snapshots"
+            )
         known = snapshots.load(image.host, image.header)
         if len(known) >= MAX_SNAPSHOTS:
             raise OSError(errno.EFBIG, f"{image.file}: has {MAX_SNAPSHOTS} snapshots already")
@@ -95,7 +99,13 @@ def resize(image: Qcow2Image, size: int) -> None:
         if size < old:
             _cut(image, size)
         l1[:kept] = image.mapping.l1[:kept]
+        if image.data is not image.host and size > old:
+            if image.data.size() > old:
+                image.data.zero(old, image.data.size() - old)
+            image.data.resize(max(size, image.data.size()))
         switch(image, l1, size, snapshots.load(image.host, header))
+        if image.data is not image.host and size < old:
+            image.data.resize(size)
         if size > old:
             _hide_below(image, old, size)
 

@@ -126,8 +126,12 @@ def _copy_tables(
         standard = new & _COMPRESSED == 0
         clusters = ((new & _OFFSET) >> np.uint64(bits)).astype(np.int64)
         inside = standard & (clusters > 0) & (clusters < len(counts))
-        new[standard & (clusters >= len(counts))] = 0
-        new &= ~_COPIED
+        if not layout.external:
+            new[standard & (clusters >= len(counts))] = 0
+        if not layout.external:
+            new &= ~_COPIED
+        else:
+            inside[:] = False
         own = np.flatnonzero(inside)
         new[own[counts[clusters[own]] == 1]] |= _COPIED
         if (new == entries).all():

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from blockd.hostfile import HostFile
-from blockd.qcow2.header import Header
+from blockd.qcow2.header import Header, Incompatible
 from blockd.qcow2.refcounts import Clusters, Refcounts
 
 Entries = npt.NDArray[np.uint64]
@@ -60,10 +60,10 @@ class L2Table:
         self.view = memoryview(entries)  # type: ignore[arg-type]
 
 
-def kinds(entries: Entries, version: int) -> npt.NDArray[np.int8]:
+def kinds(entries: Entries, layout: Layout) -> npt.NDArray[np.int8]:
     """The kind of each entry."""
-    result = np.where(entries & _OFFSET != 0, DATA, UNALLOCATED).astype(np.int8)
-    if version >= 3:
+    result = np.where(entries & np.uint64(layout.allocated) != 0, DATA, UNALLOCATED).astype(np.int8)
+    if layout.version >= 3:
         result[entries & _ZERO != 0] = ZEROES
     result[entries & _COMPRESSED != 0] = PACKED
     return result
@@ -82,6 +82,10 @@ class Layout:
         self.packed_shift = 62 - (header.cluster_bits - 8)
         self.packed_offset_mask = (1 << self.packed_shift) - 1
         self.packed_sectors_mask = (1 << (header.cluster_bits - 8)) - 1
+        #: guest clusters lie in a file of their own, each at its own offset, without refcounts
+        self.external = bool(header.incompatible & Incompatible.DATA_FILE)
+        #: any of these bits makes a standard cluster an allocated one
+        self.allocated = OFFSET | COPIED if self.external else OFFSET
 
     def packed(self, entry: int) -> tuple[int, int]:
         """(host offset, bytes that may belong to it) of a compressed cluster."""
@@ -104,7 +108,9 @@ class Layout:
         packed = entries & _COMPRESSED != 0
         standard = entries[~packed] & _OFFSET
         result = self.packed_clusters(entries[packed])
-        result = np.concatenate((result, (standard[standard != 0] >> np.uint64(self.bits)).astype(np.int64)))
+        if not self.external:
+            used = (standard[standard != 0] >> np.uint64(self.bits)).astype(np.int64)
+            result = np.concatenate((result, used))
         result.sort()
         return result
 
@@ -160,6 +166,9 @@ class Mapping:
     def _check(self, index: int, table: L2Table) -> None:
         """Nothing in a table may point into metadata: a write there would destroy the image."""
         entries = table.entries
+        if self.layout.external:
+            self._check_external(index, entries)
+            return
         standard = entries[entries & _COMPRESSED == 0]
         offsets = standard & _OFFSET
         bad = (offsets & np.uint64(self.layout.size - 1) != 0) | (standard & _L2_RESERVED != 0)
@@ -173,6 +182,15 @@ class Mapping:
                 raise self._damaged(f"L2 table {index} points at metadata")
         if bad.any():
             raise self._damaged(f"L2 table {index} has the impossible entry {int(standard[bad][0]):#018x}")
+
+    def _check_external(self, index: int, entries: Entries) -> None:
+        """ "The offset must match the guest offset", and nothing is compressed."""
+        guest = np.arange(index << self.layout.l2_bits, (index + 1) << self.layout.l2_bits, dtype=np.uint64)
+        allocated = entries & np.uint64(OFFSET | COPIED) != 0
+        wrong = allocated & ((entries & _OFFSET) != guest << np.uint64(self.layout.bits))
+        bad = wrong | (entries & _COMPRESSED != 0) | (entries & _L2_RESERVED != 0)
+        if bad.any():
+            raise self._damaged(f"L2 table {index} has the impossible entry {int(entries[bad][0]):#018x}")
 
     def _points_at_tables(self, used: Entries) -> bool:
         header, size = self._header, self.layout.size
@@ -193,7 +211,7 @@ class Mapping:
         if count == 1:
             entry = table.view[first]
             return [Run(self.kind(entry), first, 1, entry)]
-        found = kinds(entries, self.layout.version)
+        found = kinds(entries, self.layout)
         edges = found[1:] != found[:-1]
         both_data = (found[1:] == DATA) & ~edges
         if both_data.any():
@@ -211,7 +229,7 @@ class Mapping:
             return PACKED
         if entry & ZERO and self.layout.version >= 3:
             return ZEROES
-        return DATA if entry & OFFSET else UNALLOCATED
+        return DATA if entry & self.layout.allocated else UNALLOCATED
 
     def own_table(self, index: int) -> L2Table | None:
         """The L2 table of an L1 entry when it is at hand and the active L1 table's alone."""

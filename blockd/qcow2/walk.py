@@ -72,7 +72,8 @@ def impossible(entries: Entries, layout: Layout) -> npt.NDArray[np.bool_]:
     """Entries of an L2 table that cannot be."""
     offsets = entries & _OFFSET
     bad = (offsets & np.uint64(layout.size - 1) != 0) | (entries & _L2_RESERVED != 0)
-    bad |= (offsets == 0) & (entries & _COPIED != 0)
+    if not layout.external:
+        bad |= (offsets == 0) & (entries & _COPIED != 0)
     if layout.version < 3:
         bad |= entries & _ZERO != 0
     return bad & (entries & _COMPRESSED == 0)
@@ -115,7 +116,7 @@ def mark_tree(walk: Walk, image: Qcow2Image, l1: Entries, what: str, active: boo
 def _statistics(walk: Walk, entries: Entries, layout: Layout, next_offset: int) -> int:
     """As qemu-img counts: allocated clusters, and those that do not follow the last."""
     packed = entries & _COMPRESSED != 0
-    plain = ~packed & (entries & _OFFSET != 0)
+    plain = ~packed & (entries & np.uint64(layout.allocated) != 0)
     walk.compressed += int(packed.sum())
     walk.allocated += int(packed.sum()) + int(plain.sum())
     walk.fragmented += int(packed.sum())
@@ -174,6 +175,8 @@ def wrong_flags(image: Qcow2Image, counts: Numbers) -> Iterator[str]:
         if cluster < len(counts) and (counts[cluster] == 1) != bool(int(l1[index]) & COPIED):
             yield f"ERROR OFLAG_COPIED L2 cluster: l1_index={index} refcount={counts[cluster]}"
     for index, _, entries in tables_of(image, l1):
+        if layout.external:
+            continue  # the flag alone says that they are allocated
         offsets = entries & _OFFSET
         plain = (offsets != 0) & (entries & _COMPRESSED == 0) & ~impossible(entries, layout)
         plain &= offsets >> np.uint64(layout.bits) < len(counts)

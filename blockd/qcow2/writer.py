@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from blockd.qcow2.header import Autoclear
 from blockd.qcow2.tables import (
     COMPRESSED,
     COPIED,
@@ -45,6 +46,9 @@ class Writer:
         self._table_bits = image.mapping.layout.l2_bits
         #: where the next compressed cluster may go: behind the last one, in its host cluster
         self._packed_at = 0
+        self._external = image.mapping.layout.external
+        #: the external data file must always read as the disk does
+        self._raw_data = bool(image.header.autoclear & Autoclear.RAW_DATA_FILE)
 
     # ---- data ------------------------------------------------------------------------------------
     def write(self, offset: int, data: memoryview) -> None:
@@ -79,7 +83,7 @@ class Writer:
             epoch = image.enter()
         try:
             for host, low, high in in_place:
-                image.host.write(host, data[low:high])
+                image.data.write(host, data[low:high])
         finally:
             image.leave(epoch)
 
@@ -97,7 +101,7 @@ class Writer:
             if table is None:
                 return False
             entry = table.view[at]
-            if not entry and image.backing is None:
+            if not entry and image.backing is None and not self._external:
                 host_cluster, _ = image.refcounts.take(1)
                 host = host_cluster << self._bits
                 try:
@@ -111,7 +115,7 @@ class Writer:
                 return False
             epoch = image.enter()
         try:
-            image.host.write((entry & OFFSET) + inside, data)
+            image.data.write((entry & OFFSET) + inside, data)
         finally:
             image.leave(epoch)
         return True
@@ -125,6 +129,9 @@ class Writer:
     def _allocate(self, index: int, table: L2Table, run: Run, offset: int, data: memoryview) -> None:
         """Give clusters of a run that cannot be written in place new ones, with ``data`` in them; it
         begins in the first of them and ends in the last."""
+        if self._external:
+            self._allocate_external(index, table, run, offset, data)
+            return
         image, bits, size = self._image, self._bits, self._size
         end = offset + len(data)
         guest = ((index << self._table_bits) + run.first) << bits
@@ -157,6 +164,30 @@ class Writer:
             self._condemn_entries(old)
             done += count
 
+    def _allocate_external(self, index: int, table: L2Table, run: Run, offset: int, data: memoryview) -> None:
+        """The same in the external data file: a cluster has its place there already, and anything may be
+        in it."""
+        image = self._image
+        start = ((index << self._table_bits) + run.first) << self._bits
+        stop = start + (run.clusters << self._bits)
+        end = offset + len(data)
+        last = run.first + run.clusters - 1
+        before = self._background(start, offset - start, table.view[run.first], 0)
+        behind = self._background(end, stop - end, table.view[last], end & (self._size - 1))
+        head = before if before is not None else bytes(offset - start)
+        tail = behind if behind is not None else bytes(stop - end)
+        whole = b"".join((head, data, tail))
+        image.data.write(start, whole[: image.size - start])
+        if head or tail:
+            image.data.sync()
+        self._store_external(index, table, run)
+
+    def _store_external(self, index: int, table: L2Table, run: Run) -> None:
+        first = (index << self._table_bits) + run.first
+        clusters = np.arange(first, first + run.clusters, dtype=np.uint64)
+        entries = (clusters << np.uint64(self._bits)) | np.uint64(COPIED)
+        self._image.mapping.store(index, table, run.first, entries)
+
     def _background(self, offset: int, length: int, entry: int, inside: int) -> bytes | None:
         """What lies at ``offset`` now, in the cluster of ``entry`` from ``inside``; None when it is all
         zeroes."""
@@ -165,7 +196,7 @@ class Writer:
         image = self._image
         kind = image.mapping.kind(entry)
         if kind == DATA:
-            data = image.host.read((entry & OFFSET) + inside, length)
+            data = image.data.read((entry & OFFSET) + inside, length)
         elif kind == PACKED:
             data = image.unpack(entry)[inside : inside + length]
         elif kind == UNALLOCATED and image.backing is not None and offset < image.backing.size:
@@ -188,6 +219,9 @@ class Writer:
         """Make a range zero: whole clusters by their entries, where the version knows zero clusters or
         nothing lies below; the rest by writing."""
         image = self._image
+        if self._raw_data:
+            image.data.zero(offset, length)
+            return
         low, high = self._whole(offset, length)
         if low >= high:
             self._zero_part(offset, length)
@@ -208,6 +242,9 @@ class Writer:
         image = self._image
         low, high = self._whole(offset, length)
         if low >= high:
+            return
+        if self._raw_data:
+            image.data.zero(low, high - low)
             return
         if image.backing is None:
             self._clear(low, high, 0, keep=False)
@@ -289,6 +326,12 @@ class Writer:
             cluster += count
 
     def _place(self, index: int, table: L2Table, run: Run) -> None:
+        if self._external:
+            start = ((index << self._table_bits) + run.first) << self._bits
+            self._image.data.zero(start, run.clusters << self._bits)
+            self._image.data.sync()
+            self._store_external(index, table, run)
+            return
         done = 0
         while done < run.clusters:
             host, count = self._image.refcounts.take(run.clusters - done)
@@ -303,6 +346,8 @@ class Writer:
         """Store a whole cluster that has been compressed to fewer bytes than it has."""
         image, bits = self._image, self._bits
         layout = image.mapping.layout
+        if self._external:
+            raise OSError(errno.ENOTSUP, f"{image.file}: has an external data file, so nothing is compressed")
         with image.lock:
             host = self._room(len(packed))
             try:
