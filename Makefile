@@ -13,7 +13,7 @@ SOURCES := $(shell find coordinator/contract vcpu -name '*.[ch]' -o -name '*.inc
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pieces demo test bench lint fast boots models clean
+.PHONY: help setup pieces demo test bench lint fast boots models differential clean
 .NOTPARALLEL:
 
 help: ## this list
