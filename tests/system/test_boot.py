@@ -44,7 +44,8 @@ def test_boot_to_init_makes_few_round_trips(launcher: Launcher, tmp_path: Path) 
     """Counted in the segment by device; what is not a round trip is posted, or answered in the vCPU."""
     if not launcher.ours:
         pytest.skip("counters of our own")
-    with boots.start(launcher, tmp_path, [*boots.kernel_options("atoll.demo=poweroff"), "-no-reboot"]) as guest:
+    options = [*boots.kernel_options("atoll.demo=poweroff"), "-no-reboot"]
+    with boots.start(launcher, tmp_path, options) as guest:
         boots.finish(guest)
     stats = json.loads((tmp_path / "stats.json").read_text())
     trips = stats["roundtrips"]
