@@ -95,7 +95,7 @@ class InjectNmi(Command, frozen=True, tag="nmi"):
 
 
 class DescribeChip(Command, frozen=True, tag="describe"):
-    """Device host: text about ``what`` ("pic", "ioapic", "pci", "ide")."""
+    """Device host: text about ``what``; it knows "pic"."""
 
     what: str
 
