@@ -205,7 +205,7 @@ class Pc:
             region = Region(gpa, size, 0)
             if reads:
                 region = Region(gpa, size, READ, base + gpa)
-            elif gpa >= ABOVE_1M - FIRMWARE_SHADOW and rom_size >= FIRMWARE_SHADOW:
+            elif gpa >= ABOVE_1M - min(rom_size, FIRMWARE_SHADOW):
                 region = rom(gpa, size, self.segment.rom_offset + rom_size - (ABOVE_1M - gpa))
             if writes:
                 region = Region(gpa, size, region.flags | WRITE, region.read_offset, base + gpa)
