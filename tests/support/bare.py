@@ -57,12 +57,31 @@ def image(name: str) -> Path:
     return compile_image(f"bare_{name}", inputs, [*FLAGS, *LINK, *where, *map(str, units)])
 
 
+@cache
+def firmware(name: str) -> Path:
+    """The firmware image of SOURCES / NAME.S, 64 KiB."""
+    unit = SOURCES / f"{name}.S"
+    link = ["-nostdlib", "-static", "-Wl,-Ttext=0", "-Wl,-e,start", *LINK]
+    return compile_image(f"bare_{name}", [unit], ["-m32", *link, str(unit)])
+
+
 def start(
-    launcher: Launcher, folder: Path, name: str, cpus: int = 1, options: Sequence[str] = (), ram: int = 64
+    launcher: Launcher,
+    folder: Path,
+    name: str,
+    cpus: int = 1,
+    options: Sequence[str] = (),
+    ram: int = 64,
+    reboot: bool = False,
 ) -> Guest:
     """The guest, begun; its console goes to a file in ``folder``."""
-    machine = ["-machine", "pc", "-smp", str(cpus), "-m", str(ram), "-no-reboot", *CONSOLE, *DEBUG_EXIT]
-    return Guest(launcher, ["-kernel", str(image(name)), *machine, *options], folder / f"{name}.log")
+    machine = ["-smp", str(cpus), "-m", str(ram), *([] if reboot else ["-no-reboot"])]
+    return start_firmware(launcher, folder, name, ["-kernel", str(image(name)), *machine, *options])
+
+
+def start_firmware(launcher: Launcher, folder: Path, name: str, options: Sequence[str]) -> Guest:
+    """A machine whose options say what runs on it."""
+    return Guest(launcher, ["-machine", "pc", *CONSOLE, *DEBUG_EXIT, *options], folder / f"{name}.log")
 
 
 def failures(guest: Guest) -> list[str]:
