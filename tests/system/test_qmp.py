@@ -342,28 +342,49 @@ def test_monitor_topics(tmp_path: Path) -> None:
 
 
 # ---- errors ---------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("command", "arguments", "kind"),
-    [
-        ("nonsense", {}, "CommandNotFound"),
-        ("qmp_capabilities", {}, "CommandNotFound"),  # complete already
-        ("stop", {"unexpected": 1}, "GenericError"),
-        ("screendump", {}, "GenericError"),
-        ("screendump", {"filename": 5}, "GenericError"),
-        ("send-key", {"keys": [1]}, "GenericError"),
-        ("send-key", {"keys": [{"type": "qcode", "data": "nokey"}]}, "GenericError"),
-        ("send-key", {"keys": []}, "GenericError"),
-        ("human-monitor-command", {"command-line": "info status", "cpu-index": True}, "GenericError"),
-        ("screendump", {"filename": "\0"}, "GenericError"),
-        ("screendump", {"filename": "\ud800"}, "GenericError"),
-    ],
-)
-def test_errors_have_qmps_form(command: str, arguments: dict[str, Any], kind: str) -> None:
+ERRORS: list[tuple[str, dict[str, Any], str]] = [
+    ("nonsense", {}, "CommandNotFound"),
+    ("qmp_capabilities", {}, "CommandNotFound"),  # complete already
+    ("stop", {"unexpected": 1}, "GenericError"),
+    ("screendump", {}, "GenericError"),
+    ("screendump", {"filename": 5}, "GenericError"),
+    ("screendump", {"filename": "\0"}, "GenericError"),
+    ("screendump", {"filename": "\ud800"}, "GenericError"),
+    ("send-key", {"keys": [1]}, "GenericError"),
+    ("send-key", {"keys": [{"type": "qcode", "data": "nokey"}]}, "GenericError"),
+    ("send-key", {"keys": []}, "GenericError"),
+    ("human-monitor-command", {"command-line": "info status", "cpu-index": True}, "GenericError"),
+]
+
+
+def test_errors_have_qmps_form() -> None:
     with with_qmp("-S") as machine, machine.qmp() as monitor:
-        reply = monitor.cmd_raw(command, arguments)
-        assert reply["error"]["class"] == kind and reply["error"]["desc"]
-        assert "\n" not in reply["error"]["desc"]
+        for command, arguments, kind in ERRORS:
+            reply = monitor.cmd_raw(command, arguments)
+            assert reply["error"]["class"] == kind and reply["error"]["desc"]
+            assert "\n" not in reply["error"]["desc"]
         assert monitor.cmd("query-status")["status"] == "prelaunch"
+
+
+def test_hostile_bytes(machine: Machine) -> None:
+    """hardware-cases item 19, at the real socket: FFh, deep nesting, 11 MB in a line, duplicate keys."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(machine.qmp_path))
+        stream = client.makefile("rb")
+        assert b"QMP" in stream.readline()
+        client.sendall(b'{"execute": "qmp_capabilities"}\n')
+        assert stream.readline() == b'{"return": {}}\r\n'
+        for line in (
+            b"\xff",
+            b"[" * 100_000,
+            b'{"a": "' + b"x" * (11 << 20) + b'"}',
+            b'{"a": 1, "a": 1}',
+            b"1" * 5000,
+        ):
+            client.sendall(line + b"\n")
+            assert b'"GenericError"' in stream.readline()
+        client.sendall(b'{"execute": "query-name"}\n')
+        assert machine.name.encode() in stream.readline()
 
 
 def test_a_client_that_goes_in_the_middle_of_a_command_does_no_harm(machine: Machine) -> None:
