@@ -9,12 +9,19 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
+import shutil
+import tempfile
 import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import msgspec
+
+from blockd.hostfile import HostFile
 from blockd.image import Buffer, Image
 from blockd.qcow2.backing import Chain
+from blockd.qcow2.create import Options, create
 from blockd.qcow2.image import Qcow2Image, probe
 from blockd.raw import RawImage
 from coordinator.contract import config
@@ -148,7 +155,8 @@ def open_raw(wanted: config.Export) -> Image:
 def open_qcow2(wanted: config.Export) -> Image:
     """A qcow2 image with its chain of backing files, as far as those are allowed."""
     read_only = wanted.read_only or wanted.media is config.Media.CDROM
-    image = Qcow2Image(wanted.file, read_only, Chain(wanted.backing_allowed))
+    opener = unsafe_file if wanted.unsafe else HostFile
+    image = Qcow2Image(wanted.file, read_only, Chain(wanted.backing_allowed), opener)
     if image.size % DISK_SECTOR or not image.size:
         size = image.size
         image.close()
@@ -185,6 +193,29 @@ class ProbedRawImage(RawImage):
         super().write(offset, data, fua)
 
 
+def unsafe_file(file: str, read_only: bool) -> HostFile:
+    """A file whose flushes do nothing."""
+    return HostFile(file, read_only, unsafe=True)
+
+
+def open_throwaway(wanted: config.Export) -> Image:
+    """The image as it is, with a layer above it that takes all writes and that nobody can find again."""
+    image_format = wanted.format if wanted.format != "auto" else probe(wanted.file)
+    base = FORMATS[image_format](msgspec.structs.replace(wanted, read_only=True))
+    size = base.size
+    base.close()
+    folder = tempfile.mkdtemp(prefix="atoll-")
+    layer = os.path.join(folder, "layer.qcow2")
+    try:
+        file = os.path.abspath(wanted.file)
+        create(layer, Options(size, backing_file=file, backing_format=image_format))
+        image = Qcow2Image(layer, False, Chain((file, *wanted.backing_allowed)), unsafe_file)
+    finally:
+        shutil.rmtree(folder)  # what is open stays
+    image.file = wanted.file
+    return image
+
+
 #: format name to what opens it
 FORMATS: dict[str, Callable[[config.Export], Image]] = {
     "raw": open_raw,
@@ -199,6 +230,8 @@ def open_image(wanted: config.Export) -> Image:
     if opener is None:
         known = ", ".join(sorted(FORMATS))
         raise BlockError(f"{wanted.file}: format {wanted.format!r} is unknown (known: {known})", 22)
+    if wanted.snapshot and wanted.media is config.Media.DISK:
+        return open_throwaway(wanted)
     return opener(wanted)
 
 

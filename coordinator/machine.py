@@ -27,10 +27,10 @@ from coordinator.contract.config import (
     BlockdConfig,
     DevhostConfig,
     Drive,
-    Export,
     Machine,
     VcpuConfig,
     control_endpoint,
+    export_of,
 )
 from coordinator.contract.errors import IslandError, MessageError
 from coordinator.contract.island import router
@@ -141,18 +141,7 @@ class Vm:
         machine, folder, segment = self.machine, str(self.folder), self.segment
         assert segment is not None
         common: dict[str, Any] = {"vm": machine.name, "runtime": folder, "parent": os.getpid()}
-        exports = tuple(
-            Export(
-                id=d.id,
-                file=d.file,
-                format=d.format,
-                read_only=d.read_only,
-                media=d.media,
-                backing_allowed=d.backing_allowed,
-            )
-            for d in machine.drives
-            if d.file is not None
-        )
+        exports = tuple(export_of(d) for d in machine.drives if d.file is not None)
         self._island("blockd", "blockd.main", BlockdConfig, exports=exports, **common)
         self._island(
             "devhost0",

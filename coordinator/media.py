@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from coordinator.contract import messages
-from coordinator.contract.config import Drive, Export, Media
+from coordinator.contract.config import Drive, Media, export_of
 from coordinator.contract.errors import ConfigError, IslandError
 from coordinator.machine import Vm
 
@@ -60,14 +60,7 @@ async def _remove(vm: Vm, old: Drive) -> None:
 
 async def _insert(vm: Vm, new: Drive) -> None:
     assert new.file is not None
-    export = Export(
-        id=new.id,
-        file=new.file,
-        format=new.format,
-        read_only=new.read_only,
-        media=new.media,
-        backing_allowed=new.backing_allowed,
-    )
+    export = export_of(new)
     await vm.command("blockd", messages.OpenExport(serial=vm.next_serial(), export=export))
     await vm.command("devhost0", messages.InsertMedium(serial=vm.next_serial(), drive=new))
     vm.replace_drive(new)

@@ -23,8 +23,11 @@ DRIVE_PROPERTIES = (
     "unit",
     "serial",
     "cache",
+    "snapshot",
     "aio",
 )
+#: only unsafe makes a difference: every write reaches the kernel before it is answered, and a flush the disk
+CACHE_MODES = ("writeback", "writethrough", "none", "directsync", "unsafe")
 NO_NETWORK = "there is no network yet; say -nic none"
 
 
@@ -80,9 +83,9 @@ def drive(s: Settings, value: str) -> None:
     given = kv.number("index", -1, 0, 3)
     ident = kv.take("id")
     serial = kv.take("serial") or ""
-    kv.ignore("cache", "aio", "discard", "werror", "rerror", "detect-zeroes", "copy-on-read")
-    if kv.flag("snapshot"):
-        raise UsageError("-drive snapshot=on is not there yet")
+    cache = kv.choice("cache", CACHE_MODES, "writeback")
+    throwaway = kv.flag("snapshot")
+    kv.ignore("aio", "discard", "werror", "rerror", "detect-zeroes", "copy-on-read")
     kv.done(DRIVE_PROPERTIES)
     if media is Media.DISK and file is None:
         raise UsageError("-drive media=disk needs file=")
@@ -105,6 +108,8 @@ def drive(s: Settings, value: str) -> None:
         read_only=read_only,
         serial=serial,
         backing_allowed=backing_allowed,
+        snapshot=throwaway,
+        unsafe=cache == "unsafe",
     )
     if interface == "none":
         s.loose[ident] = made
@@ -159,5 +164,7 @@ def _ide_device(s: Settings, kv: KeyValues, media: Media) -> None:
             read_only=loose.read_only if loose else media is Media.CDROM,
             serial=serial,
             backing_allowed=loose.backing_allowed if loose else (),
+            snapshot=loose.snapshot if loose else False,
+            unsafe=loose.unsafe if loose else False,
         ),
     )

@@ -28,6 +28,10 @@ class Drive(msgspec.Struct, frozen=True):
     serial: str = ""
     #: files and folders outside the image's own from which its backing files may come; "*" for all
     backing_allowed: tuple[str, ...] = ()
+    #: writes go to a file that is thrown away at the end
+    snapshot: bool = False
+    #: a flush does nothing: for disks that nobody will miss
+    unsafe: bool = False
 
 
 class Rtc(msgspec.Struct, frozen=True):
@@ -108,8 +112,25 @@ class Export(msgspec.Struct, frozen=True):
     format: str = "raw"
     read_only: bool = False
     media: Media = Media.DISK
-    #: as in Drive
+    #: these as in Drive
     backing_allowed: tuple[str, ...] = ()
+    snapshot: bool = False
+    unsafe: bool = False
+
+
+def export_of(drive: Drive) -> Export:
+    """The export that serves a drive, which has a medium."""
+    assert drive.file is not None
+    return Export(
+        id=drive.id,
+        file=drive.file,
+        format=drive.format,
+        read_only=drive.read_only,
+        media=drive.media,
+        backing_allowed=drive.backing_allowed,
+        snapshot=drive.snapshot,
+        unsafe=drive.unsafe,
+    )
 
 
 class BlockdConfig(msgspec.Struct, frozen=True):

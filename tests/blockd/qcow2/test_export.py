@@ -77,3 +77,19 @@ def test_backing_files_elsewhere_must_be_allowed(tmp_path: Path) -> None:
     image = open_image(Export("hd0", file, "qcow2", backing_allowed=(str(tmp_path / "a"),)))
     assert read(image) == b"b" * MIB
     image.close()
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2", "auto"])
+def test_writes_of_a_snapshot_are_thrown_away(tmp_path: Path, image_format: str) -> None:
+    file = make(tmp_path / "disk", MIB)
+    if image_format == "raw":
+        Path(file).write_bytes(b"r" * MIB)
+    before = Path(file).read_bytes()
+    image = open_image(Export("hd0", file, image_format, snapshot=True))
+    start = read(image, 0, 1024)
+    image.write(512, b"new")
+    image.flush()
+    assert read(image, 0, 1024) == start[:512] + b"new" + start[515:]
+    assert (image.size, image.file, image.read_only) == (MIB, file, False)
+    image.close()
+    assert Path(file).read_bytes() == before and os.listdir(tmp_path) == ["disk"]
