@@ -34,7 +34,7 @@ ENGINES, ABSENT_ENGINES = ("interp", "tcg"), ("kvm", "xen", "hvf", "whpx", "nvmm
 def settings(arguments: list[str]) -> Settings:
     """Parse a command line; UsageError names what is wrong."""
     result = Settings()
-    for name, value in options.parse(arguments):
+    for name, value in sorted(options.parse(arguments), key=lambda option: _RANK.get(option[0], 1)):
         if name in _FLAGS:
             _FLAGS[name](result)
         else:
@@ -52,6 +52,8 @@ def _finish(s: Settings) -> None:
         raise UsageError("-initrd and -append need -kernel")
     if s.engines and not set(s.engines) & set(ENGINES):
         raise UsageError(f"-accel {s.engines[0]} is not available: Atoll emulates; say -accel tcg")
+    if s.snapshot:
+        drives.throw_writes_away(s)
     _default_devices(s)
     _share(s)
     if s.vga is None:
@@ -188,13 +190,13 @@ def _uuid(s: Settings, value: str) -> None:
 
 def _boot(s: Settings, value: str) -> None:
     kv = KeyValues("boot", value, implied="order")
-    order = kv.take("order") or kv.take("once") or s.boot.order
-    if set(order) - set("acdn"):
-        raise UsageError(f"-boot {order}: order is made of a, c, d and n")
+    order, once = kv.take("order") or s.boot.order, kv.take("once") or s.boot.once
+    if set(order + once) - set("acdn"):
+        raise UsageError(f"-boot {value}: order is made of a, c, d and n")
     menu = kv.flag("menu", s.boot.menu)
-    kv.ignore("once", "splash", "splash-time", "reboot-timeout", "strict")
-    kv.done(("order", "menu"))
-    s.boot = Boot(order=order, menu=menu, direct=s.boot.direct)
+    kv.ignore("splash", "splash-time", "reboot-timeout", "strict")
+    kv.done(("order", "once", "menu"))
+    s.boot = Boot(order=order, once=once, menu=menu)
 
 
 def _rtc(s: Settings, value: str) -> None:
@@ -302,6 +304,7 @@ def _enable(attribute: str, value: bool = True) -> Callable[[Settings], None]:
 
 _FLAGS: dict[str, Callable[[Settings], None]] = {
     "nographic": _enable("nographic"),
+    "snapshot": _enable("snapshot"),
     "nodefaults": _enable("defaults", False),
     "S": _behave(start_paused=True),
     "no-reboot": _behave(no_reboot=True),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+import msgspec
+
 from coordinator.cli import options
 from coordinator.cli.options import KeyValues
 from coordinator.cli.settings import Settings
@@ -58,6 +60,11 @@ def _add_drive(s: Settings, drive: Drive) -> None:
     if any(d.id == drive.id for d in s.drives):
         raise UsageError(f"two drives named {drive.id}")
     s.drives.append(drive)
+
+
+def throw_writes_away(s: Settings) -> None:
+    """-snapshot: for all disks."""
+    s.drives = [msgspec.structs.replace(d, snapshot=d.media is Media.DISK) for d in s.drives]
 
 
 def _free_index(s: Settings) -> int:

@@ -20,7 +20,7 @@ def check(s: Settings) -> None:
     for drive in s.drives:
         if drive.file is not None:
             mode = _readable(f"drive {drive.id}:", drive.file, (stat.S_ISREG, stat.S_ISBLK))
-            if not drive.read_only and not os.access(drive.file, os.W_OK):
+            if not (drive.read_only or drive.snapshot) and not os.access(drive.file, os.W_OK):
                 raise ConfigError(
                     f"drive {drive.id}: {drive.file}: is not writable; add readonly=on or change its mode"
                 )

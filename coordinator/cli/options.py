@@ -57,6 +57,7 @@ OPTIONS = (
     Option("chardev", "socket|stdio|file|null,id=ID,...", "a character device for -mon and -serial"),
     Option("mon", "chardev=ID,mode=control|readline", "monitor on a chardev"),
     Option("nodefaults", None, "no default serial port, monitor and VGA"),
+    Option("snapshot", None, "writes to disks are thrown away at the end"),
     Option("net", "none", "there is no network yet"),
     Option("nic", "none", "there is no network yet"),
     Option("netdev", "...", "there is no network yet"),

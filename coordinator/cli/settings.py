@@ -39,6 +39,7 @@ class Settings:
     initrd: str | None = None
     append: str = ""
     nographic: bool = False
+    snapshot: bool = False
     defaults: bool = True
     engines: list[str] = field(default_factory=list)
     serial_given: bool = False
