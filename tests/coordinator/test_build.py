@@ -86,6 +86,14 @@ def test_drives(line: str, expected: list[tuple[int, str, str | None, bool]]) ->
     assert drives(parse(line)) == expected
 
 
+def test_formats_and_what_becomes_of_writes() -> None:
+    line = "-drive file=a -drive file=b,format=qcow2,snapshot=on,cache=unsafe,allow-backing=/images -cdrom c"
+    a, b, c = build.machine(parse(line), None, 0).drives
+    assert (a.format, a.snapshot, a.unsafe, a.backing_allowed) == ("auto", False, False, ())
+    assert (b.format, b.snapshot, b.unsafe, b.backing_allowed) == ("qcow2", True, True, ("/images",))
+    assert [d.snapshot for d in build.machine(parse(line + " -snapshot"), None, 0).drives] == [True, True, False]
+
+
 def test_files_of_drives_are_absolute() -> None:
     (drive,) = build.machine(parse("-cdrom x"), None, 0).drives
     assert drive.file == os.path.abspath("x") and drive.media is Media.CDROM
@@ -223,7 +231,7 @@ def test_trace_and_log() -> None:
         "-hda ''",
         "-device ide-hd,drive=nope",
         "-drive media=disk",
-        "-drive file=x,snapshot=on",
+        "-drive file=x,cache=odd",
         "-drive file=x,bus=2",
         "-hda a -hdb b -hdc c -hdd d -drive file=e",
         "-serial null -serial null -serial null",
