@@ -56,13 +56,14 @@ def either(found: bytes, *allowed: bytes | bytearray) -> None:
 @pytest.mark.parametrize("seed", range(KILLS))
 def test_a_killed_writer_loses_nothing(tmp_path: Path, seed: int) -> None:
     shape = SHAPES[seed % len(SHAPES)]
-    file = make(tmp_path / "disk.qcow2", SIZE, shape)
+    file, below = _make_over(tmp_path, SIZE, shape, seed)
+    discards = shape[1] >= 3 or not below
     rnd = random.Random(seed)
     moment, spin = rnd.randrange(1, 60), rnd.randrange(20000)
     acknowledged, told = os.pipe()
     child = os.fork()
     if not child:
-        _write_until_killed(file, shape, seed, told)
+        _write_until_killed(file, Model(SIZE, shape[0], below), seed, discards, told)
     os.close(told)
     for _ in range(moment):
         if not os.read(acknowledged, 1):
@@ -75,11 +76,11 @@ def test_a_killed_writer_loses_nothing(tmp_path: Path, seed: int) -> None:
     while os.read(acknowledged, 1):
         done += 1
     os.close(acknowledged)
-    model, rnd = Model(SIZE, shape[0]), random.Random(seed)
+    model, rnd = Model(SIZE, shape[0], below), random.Random(seed)
     for _ in range(done):
-        step(model, rnd)
+        step(model, rnd, discards=discards)
     after = copy.deepcopy(model)
-    step(after, rnd)
+    step(after, rnd, discards=discards)
 
     qemu_check(file, leaks_allowed=True)
     no_corruption(file)
@@ -88,13 +89,22 @@ def test_a_killed_writer_loses_nothing(tmp_path: Path, seed: int) -> None:
     image.close()
 
 
-def _write_until_killed(file: str, shape: tuple[int, int, int], seed: int, told: int) -> None:
+def _make_over(folder: Path, size: int, shape: tuple[int, int, int], seed: int) -> tuple[str, bytes]:
+    """An image, every third one over a backing file of those bytes."""
+    if seed % 3 != 2:
+        return make(folder / "disk.qcow2", size, shape), b""
+    below = random.Random(seed).randbytes(size // 2)
+    (folder / "base").write_bytes(below)
+    return make(folder / "disk.qcow2", size, shape, backing_file="base", backing_format="raw"), below
+
+
+def _write_until_killed(file: str, model: Model, seed: int, discards: bool, told: int) -> None:
     """The child: one byte into the pipe for every operation that has returned."""
     try:
         image = Qcow2Image(file)
-        model, rnd = Model(SIZE, shape[0]), random.Random(seed)
+        rnd = random.Random(seed)
         while True:
-            step(model, rnd)(image)
+            step(model, rnd, discards=discards)(image)
             os.write(told, b".")
     finally:
         os._exit(99)
@@ -280,15 +290,16 @@ def _apply(data: bytearray, entry: tuple[str, int, bytes | int], rnd: random.Ran
 def _power_losses(tmp_path: Path, seed: int, file_type: type[LoggedFile], losses: int) -> None:
     shape = SHAPES[seed % len(SHAPES)]
     size = 1 << 20
-    file = make(tmp_path / "disk.qcow2", size, shape)
+    file, below = _make_over(tmp_path, size, shape, seed)
+    discards = shape[1] >= 3 or not below
     start = Path(file).read_bytes()
     image = Qcow2Image(file, open_file=file_type)
     host = image.host
     assert isinstance(host, LoggedFile)
-    model, rnd = Model(size, shape[0]), random.Random(seed)
+    model, rnd = Model(size, shape[0], below), random.Random(seed)
     #: (length of the log, disk flushed last, bytes that have been written since)
-    marks = [(0, bytes(size), np.zeros(size, bool))]
-    flushed, dirty = bytes(size), np.zeros(size, bool)
+    marks = [(0, bytes(model.data), np.zeros(size, bool))]
+    flushed, dirty = bytes(model.data), np.zeros(size, bool)
     for number in range(60):
         before = bytes(model.data)
         if number % 7 == 6:
@@ -302,7 +313,7 @@ def _power_losses(tmp_path: Path, seed: int, file_type: type[LoggedFile], losses
             flushed, dirty = before, np.zeros(size, bool)
         else:
             # what is being written is unknown from its first byte on
-            action = step(model, rnd, whole=False)
+            action = step(model, rnd, whole=False, discards=discards)
             dirty = dirty.copy()
             dirty[model.touched[0] : sum(model.touched)] = True
             marks.append((len(host.log), flushed, dirty))
