@@ -427,16 +427,30 @@ class Vm:
             islands = [island for role, island in self.islands.items() if role.startswith(kind)]
             await asyncio.gather(*(self._end_island(island, patience) for island in islands))
 
+    async def _ask_to_quit(self, island: Island, patience: float) -> bool:
+        """Whether it answered, or ended without a word (a signal may have come to it as well)."""
+        loop = asyncio.get_running_loop()
+        quit_ = asyncio.ensure_future(self.command(island.role, messages.Quit(serial=self.next_serial())))
+        dead: asyncio.Future[None] = loop.create_future()
+
+        def died() -> None:
+            loop.remove_reader(island.pidfd)
+            dead.set_result(None)
+
+        loop.add_reader(island.pidfd, died)
+        await asyncio.wait({quit_, dead}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+        loop.remove_reader(island.pidfd)
+        answered = dead.done() or (quit_.done() and quit_.exception() is None)
+        quit_.cancel()
+        return answered
+
     async def _end_island(self, island: Island, patience: float) -> None:
         """By its own doing where it listens, else by force."""
         loop = asyncio.get_running_loop()
         loop.remove_reader(island.pidfd)
         answered = False
         if island.alive() and self._hello[island.role].is_set():
-            with contextlib.suppress(IslandError, TimeoutError):
-                quit_ = messages.Quit(serial=self.next_serial())
-                await asyncio.wait_for(self.command(island.role, quit_), patience)
-                answered = True
+            answered = await self._ask_to_quit(island, patience)
         if not answered or not await asyncio.to_thread(island.reap, patience):
             if island.alive() and self._hello[island.role].is_set():
                 log.info("%s does not end by itself and is killed", island.role)

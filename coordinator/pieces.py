@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from coordinator.contract.errors import ConfigError
+from coordinator.contract.errors import AtollError, ConfigError, UsageError
 
 LAYOUT = "pieces-1"  # name of the folder in the cache; changes when what is kept there changes
 STAMP = "atoll-piece.json"  # written last into an unpacked package, so a folder with it is whole
@@ -266,20 +266,31 @@ def _locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-def main() -> int:
-    """Fetches what is missing and prints where everything is."""
-    try:
-        fetch(lambda line: print(line, file=sys.stderr, flush=True))
-        for path in (
-            firmware("bios-256k.bin"), firmware("vgabios-stdvga.bin"),
-            isolinux(), ldlinux(), kernel(), modules_dir(), busybox(),
-        ):
-            print(path)
-    except PieceError as error:
-        print(f"pieces: {error}", file=sys.stderr)
-        return 1
+USAGE = """usage: atoll pieces
+
+Fetches firmware, boot loader, kernel and busybox from Debian's packages into your cache folder, where
+they are missing, and prints where each one is."""
+
+
+def run(arguments: list[str]) -> int:
+    """``atoll pieces``: fetch what is missing and print where everything is."""
+    if any(word in ("-h", "-help", "--help") for word in arguments):
+        print(USAGE)
+        return 0
+    if arguments:
+        raise UsageError(f"'{arguments[0]}' is not known; it takes no arguments")
+    fetch(lambda line: print(line, file=sys.stderr, flush=True))
+    for path in (
+        firmware("bios-256k.bin"), firmware("vgabios-stdvga.bin"),
+        isolinux(), ldlinux(), kernel(), modules_dir(), busybox(),
+    ):
+        print(path)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(run(sys.argv[1:]))
+    except AtollError as error:
+        print(f"pieces: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)

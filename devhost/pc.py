@@ -82,6 +82,7 @@ class Pc:
         self.slots: dict[str, Slot] = {}
         #: changes of the maps are shown to the vCPUs at the end
         self._quiet = True
+        self._booted = False
         self._interrupts_and_timers()
         self._inputs_and_serial()
         self._pci()
@@ -131,7 +132,7 @@ class Pc:
         self.plug("pit", self.pit, (0x40, "main"))
         self.plug("port61", Port61(self.pit), (0x61, "main"))
         below = min(machine.ram, LOW_RAM_LIMIT)
-        presets = cmos.contents(below, machine.ram - below, machine.vcpus, machine.boot.order)
+        presets = cmos.contents(below, machine.ram - below, machine.vcpus)
         self.rtc = Mc146818(clock, wall_clock(machine.rtc, clock.now), clock_tick.chip, presets)
         self.plug("rtc", self.rtc, (0x70, "main"))
         pins = {pin: IoapicPin(self.bus, pin) for pin in range(IOAPIC_PINS)}
@@ -187,10 +188,10 @@ class Pc:
         self.ports_changed()
 
     def _firmware(self) -> None:
-        config = fw_cfg.FwCfg(self.dma)
-        fw_cfg.describe(config, self.machine)
-        fw_cfg.add_acpi(config, acpi.build(self.machine))
-        self.plug("fw_cfg", config, (FW_CFG_PORTS, "main"))
+        self.fw_cfg = fw_cfg.FwCfg(self.dma)
+        fw_cfg.describe(self.fw_cfg, self.machine)
+        fw_cfg.add_acpi(self.fw_cfg, acpi.build(self.machine))
+        self.plug("fw_cfg", self.fw_cfg, (FW_CFG_PORTS, "main"))
         if rom_size := self.machine.rom_size:
             self.memory.set(
                 "firmware", Layer.CHIPS, rom(ABOVE_4G - rom_size, rom_size, self.segment.rom_offset)
@@ -218,12 +219,22 @@ class Pc:
         self.memory_changed()
 
     # ---- life ----------------------------------------------------------------------------------------
+    def _set_boot_order(self) -> None:
+        """The order of this boot: ``once`` is for the first one."""
+        boot = self.machine.boot
+        order = boot.once if boot.once and not self._booted else boot.order
+        self._booted = True
+        for address, value in cmos.boot_flags(order).items():
+            self.rtc.cmos[address] = value
+        fw_cfg.set_boot_order(self.fw_cfg, self.machine, order)
+
     def power_on(self) -> None:
         """State after power-on or reset; without firmware, as firmware leaves it."""
         self._quiet = True
         for slot in self.slots.values():
             slot.device.reset(hard=True)
         self.segment.reset_fabric()
+        self._set_boot_order()
         if self.machine.boot.direct:
             post.leave(self)
         self._show_maps()

@@ -98,7 +98,7 @@ def _used_once(s: Settings) -> None:
 
 def machine(s: Settings, vga_rom: str | None, rom_size: int) -> Machine:
     """The configuration that every process reads; ``rom_size`` is 0 where no firmware runs."""
-    boot = Boot(order=s.boot.order, menu=s.boot.menu, direct=s.kernel is not None)
+    boot = Boot(order=s.boot.order, once=s.boot.once, menu=s.boot.menu, direct=s.kernel is not None)
     return Machine(
         name=s.name,
         vcpus=s.vcpus,
@@ -106,6 +106,7 @@ def machine(s: Settings, vga_rom: str | None, rom_size: int) -> Machine:
         drives=tuple(sorted(s.drives, key=lambda d: d.index)),
         serials=min(len(s.serials), 2),
         vga=bool(s.vga),
+        nographic=s.nographic,
         rtc=s.rtc,
         boot=boot,
         uuid=s.uuid,
@@ -310,6 +311,9 @@ _FLAGS: dict[str, Callable[[Settings], None]] = {
     "no-reboot": _behave(no_reboot=True),
     "no-shutdown": _behave(no_shutdown=True),
 }
+
+#: what others refer to by its name comes before them, wherever it stands on the command line
+_RANK = {"chardev": 0, "serial": 2, "device": 2, "mon": 2, "monitor": 2, "qmp": 2}
 
 _VALUES: dict[str, Callable[[Settings, str], None]] = {
     "machine": _machine,

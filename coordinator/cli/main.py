@@ -27,9 +27,12 @@ def usage() -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the ``atoll`` script; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "-help", "--help", "help"):
+    if not arguments:
+        print(usage(), file=sys.stderr)
+        return 2
+    if arguments[0] in ("-h", "-help", "--help", "help"):
         print(usage())
-        return 0 if arguments else 2
+        return 0
     if arguments[0] in ("-version", "--version", "version"):
         print(f"atoll {importlib.metadata.version('atoll')}")
         return 0

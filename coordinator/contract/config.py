@@ -49,9 +49,11 @@ class DebugExit(msgspec.Struct, frozen=True):
 
 
 class Boot(msgspec.Struct, frozen=True):
-    """``order`` is letters of a, c, d, n; ``direct`` is True when no firmware runs."""
+    """``order`` is letters of a, c, d, n, and ``once`` the same for the first boot alone; ``direct`` is True
+    when no firmware runs."""
 
     order: str = "cd"
+    once: str = ""
     menu: bool = False
     direct: bool = False
 
@@ -65,6 +67,8 @@ class Machine(msgspec.Struct, frozen=True):
     drives: tuple[Drive, ...] = ()
     serials: int = 1
     vga: bool = True
+    #: firmware puts its console on the serial port
+    nographic: bool = False
     rtc: Rtc = Rtc()
     boot: Boot = Boot()
     uuid: str = "00000000-0000-0000-0000-000000000000"

@@ -11,6 +11,7 @@ from coordinator import media
 from coordinator.contract import messages
 from coordinator.machine import Vm
 from coordinator.monitor import registers
+from coordinator.version import version
 
 _ACTIVITY = ("running", "halted", "waiting for SIPI", "shut down")
 _CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
@@ -27,8 +28,6 @@ async def _status(vm: Vm, cpu: int) -> str:
 
 
 async def _version(vm: Vm, cpu: int) -> str:
-    from coordinator.qmp.server import version
-
     numbers = version()["qemu"]
     return f"{numbers['major']}.{numbers['minor']}.{numbers['micro']} (atoll)\n"
 

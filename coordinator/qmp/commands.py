@@ -13,6 +13,7 @@ from coordinator import media, screen
 from coordinator.contract import messages
 from coordinator.contract.errors import ConfigError, IslandError
 from coordinator.machine import Vm
+from coordinator.version import version
 
 After = Callable[[], None]
 TYPE_NAMES: dict[type, str] = {str: "string", bool: "boolean", int: "integer", list: "array", dict: "object"}
@@ -55,8 +56,6 @@ async def query_status(vm: Vm) -> Any:
 
 
 async def query_version(vm: Vm) -> Any:
-    from coordinator.qmp.server import version
-
     return version()
 
 

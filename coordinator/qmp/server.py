@@ -6,7 +6,6 @@ Source: QEMU docs/interop/qmp-spec.
 from __future__ import annotations
 
 import asyncio
-import importlib.metadata
 import json
 import logging
 import time
@@ -18,17 +17,12 @@ from coordinator.machine import Vm
 from coordinator.media import NotFound
 from coordinator.qmp import commands
 from coordinator.qmp.parser import JsonError, Parser
+from coordinator.version import version
 
 log = logging.getLogger(__name__)
 
 #: commands that wait; a peer that sends more is not read from meanwhile
 MOST_WAITING = 64
-
-
-def version() -> dict[str, Any]:
-    """The reply of query-version. The number is Atoll's own."""
-    major, minor, micro = (int(part) for part in importlib.metadata.version("atoll").split(".")[:3])
-    return {"qemu": {"major": major, "minor": minor, "micro": micro}, "package": "atoll"}
 
 
 class QmpError(Exception):

@@ -28,8 +28,14 @@ EQUIPMENT_PC = 0x02 | 0x04
 BOOT_DEVICE = {"a": 1, "c": 2, "d": 3, "n": 4}
 
 
-def contents(below_4g: int, above_4g: int, cpus: int, boot_order: str = "cda") -> dict[int, int]:
-    """Presets for `Mc146818`. Sizes in bytes; ``boot_order`` has up to three letters of `BOOT_DEVICE`."""
+def boot_flags(order: str) -> dict[int, int]:
+    """The bytes that say what to boot from: up to three letters of `BOOT_DEVICE`."""
+    devices = [BOOT_DEVICE[letter] for letter in order[:3]] + [0] * 3
+    return {BOOT_FLAGS_2: devices[1] << 4 | devices[0], BOOT_FLAGS_1: devices[2] << 4 | 1}
+
+
+def contents(below_4g: int, above_4g: int, cpus: int) -> dict[int, int]:
+    """Presets for `Mc146818`. Sizes in bytes."""
     cmos = {FLOPPY_TYPES: 0, DISK_TYPES: 0, EQUIPMENT: EQUIPMENT_PC, CPUS_LESS_1: cpus - 1}
 
     def put(address: int, value: int, size: int = 2) -> None:
@@ -42,7 +48,4 @@ def contents(below_4g: int, above_4g: int, cpus: int, boot_order: str = "cda") -
     put(EXTENDED_MEMORY_POST, extended)
     put(MEMORY_ABOVE_16M, min(max(below_4g - 16 * MIB, 0) // (64 * KIB), 0xFFFF))
     put(MEMORY_ABOVE_4G, above_4g // (64 * KIB), 3)
-    devices = [BOOT_DEVICE[letter] for letter in boot_order[:3]] + [0] * 3
-    cmos[BOOT_FLAGS_2] = devices[1] << 4 | devices[0]
-    cmos[BOOT_FLAGS_1] = devices[2] << 4 | 1
     return cmos

@@ -146,7 +146,7 @@ def describe(fw_cfg: FwCfg, machine: Machine) -> None:
     """The items by which firmware learns what it runs on."""
     fw_cfg.set(UUID, uuid.UUID(machine.uuid).bytes)
     fw_cfg.set(RAM_SIZE, struct.pack("<Q", machine.ram))
-    fw_cfg.set(NOGRAPHIC, struct.pack("<H", int(not machine.vga)))
+    fw_cfg.set(NOGRAPHIC, struct.pack("<H", int(machine.nographic)))
     fw_cfg.set(NB_CPUS, struct.pack("<H", machine.vcpus))
     fw_cfg.set(MAX_CPUS, struct.pack("<H", machine.vcpus))
     fw_cfg.set(BOOT_MENU, struct.pack("<H", int(machine.boot.menu)))
@@ -156,14 +156,18 @@ def describe(fw_cfg: FwCfg, machine: Machine) -> None:
     fw_cfg.add_file(
         "etc/e820", b"".join(struct.pack("<QQI", start, size, E820_RAM) for start, size in ranges)
     )
-    fw_cfg.add_file("bootorder", "".join(f"{path}\n" for path in boot_paths(machine)).encode() + b"\0")
 
 
-def boot_paths(machine: Machine) -> list[str]:
+def set_boot_order(fw_cfg: FwCfg, machine: Machine, order: str) -> None:
+    """The drives that firmware is to try, in order."""
+    fw_cfg.add_file("bootorder", "".join(f"{path}\n" for path in boot_paths(machine, order)).encode() + b"\0")
+
+
+def boot_paths(machine: Machine, order: str) -> list[str]:
     """Open Firmware paths of the drives in boot order, as SeaBIOS matches them."""
     kinds = {"c": Media.DISK, "d": Media.CDROM}
     paths = []
-    for letter in machine.boot.order:
+    for letter in order:
         for drive in machine.drives:
             if drive.media is kinds.get(letter):
                 paths.append(f"/pci@i0cf8/ide@1,1/drive@{drive.index // 2}/disk@{drive.index % 2}")

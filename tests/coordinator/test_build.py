@@ -91,7 +91,8 @@ def test_formats_and_what_becomes_of_writes() -> None:
     a, b, c = build.machine(parse(line), None, 0).drives
     assert (a.format, a.snapshot, a.unsafe, a.backing_allowed) == ("auto", False, False, ())
     assert (b.format, b.snapshot, b.unsafe, b.backing_allowed) == ("qcow2", True, True, ("/images",))
-    assert [d.snapshot for d in build.machine(parse(line + " -snapshot"), None, 0).drives] == [True, True, False]
+    found = build.machine(parse(line + " -snapshot"), None, 0).drives
+    assert [d.snapshot for d in found] == [True, True, False]
 
 
 def test_files_of_drives_are_absolute() -> None:
@@ -176,13 +177,25 @@ def test_clock(line: str, base: str, clock: str) -> None:
     assert (rtc.base, rtc.clock) == (base, clock)
 
 
+def test_once_is_for_the_first_boot_alone() -> None:
+    boot = build.machine(parse("-boot order=c,once=d"), None, 0).boot
+    assert (boot.order, boot.once) == ("c", "d")
+
+
+def test_names_may_be_used_before_they_are_given() -> None:
+    line = "-device ide-cd,drive=x -drive if=none,id=x,media=cdrom,file=/x.iso"
+    line += " -mon chardev=c -chardev null,id=c"
+    settings = parse(line)
+    assert [drive.file for drive in settings.drives] == ["/x.iso"]
+    assert [monitor.device.id for monitor in settings.monitors] == ["c"]
+
+
 @pytest.mark.parametrize(
     ("line", "order", "menu"),
     [
         ("", "cd", False),
         ("-boot d", "d", False),
         ("-boot order=cd,menu=on", "cd", True),
-        ("-boot once=d", "d", False),
         ("-boot menu=on", "cd", True),
     ],
 )

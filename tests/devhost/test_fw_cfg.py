@@ -39,6 +39,7 @@ class Rig:
         self.chip = FwCfg(self.memory)
         if subject is not None:
             fw_cfg.describe(self.chip, subject)
+            fw_cfg.set_boot_order(self.chip, subject, subject.boot.order)
             fw_cfg.add_acpi(self.chip, acpi.build(subject))
 
     def item(self, key: int, length: int) -> bytes:

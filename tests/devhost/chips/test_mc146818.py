@@ -265,7 +265,7 @@ def test_save_and_load() -> None:
 
 def test_cmos_contents() -> None:
     """512 MiB: 65,535 KiB extended at most in 17h and 30h; 496 MiB in units of 64 KiB in 34h."""
-    presets = cmos.contents(512 << 20, 5 << 30, 2, "dc")
+    presets = cmos.contents(512 << 20, 5 << 30, 2) | cmos.boot_flags("dc")
     bench = Bench(presets=presets)
     assert [bench.get(address) for address in (0x10, 0x12, 0x15, 0x16)] == [0, 0, 0x80, 0x02]
     assert [bench.get(address) for address in (0x17, 0x18, 0x30, 0x31)] == [0xFF] * 4
