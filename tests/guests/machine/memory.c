@@ -188,6 +188,7 @@ static void shoot(int cpu)
 {
     volatile u64 *page = (volatile u64 *)WINDOW_AT(16);
     if (cpu) {
+        acknowledged[cpu] = 0; /* the last shots of another run may have come late to a processor that slept then */
         flush();
         ready[cpu] = 1;
         while (!shot_over) {
@@ -218,7 +219,6 @@ static void shootdown(const char *name, int others, u32 times)
     readers = others;
     shots = times;
     epoch = stale = shot_over = 0;
-    memset((void *)acknowledged, 0, sizeof acknowledged);
     memset((void *)ready, 0, sizeof ready);
     versions[0][0] = 0;
     window_map(16, (u64)versions[0], PTE_PRESENT | PTE_WRITE);
