@@ -10,8 +10,9 @@ from devhost.block_client import BlockClient, Completion
 
 log = logging.getLogger(__name__)
 
-#: how long the block daemon may be away before a drive reports errors, seconds
-PATIENCE = 30.0
+#: how long the block daemon may be away before a drive reports errors, seconds. The host is deaf meanwhile, and
+#: a daemon that has died ends the machine anyway
+PATIENCE = 1.0
 
 
 class NbdBackend:

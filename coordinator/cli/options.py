@@ -76,6 +76,22 @@ class HelpWanted(Exception):
     """An option's value was ``help``; the text is for standard output."""
 
 
+#: options that people know from QEMU, and why they are not here
+ABSENT = {
+    "enable-kvm": "Atoll emulates every instruction; leave it out",
+    "daemonize": "start it in the background with your shell or service manager",
+    "vnc": "there is no window; screendump shows the screen",
+    "usb": "there is no USB; the keyboard and mouse are PS/2",
+    "usbdevice": "there is no USB; the keyboard and mouse are PS/2",
+    "fda": "there is no floppy drive",
+    "fdb": "there is no floppy drive",
+    "parallel": "there is no parallel port; say -serial",
+    "incoming": "there is no migration yet",
+    "loadvm": "there are no machine snapshots yet",
+    "gdb": "there is no gdb server; the monitor has info registers and x",
+    "s": "there is no gdb server; the monitor has info registers and x",
+}
+
 _BY_NAME = {option.name: option for option in OPTIONS}
 
 
@@ -112,6 +128,8 @@ def parse(arguments: list[str]) -> list[tuple[str, str]]:
             )
         name = word[2:] if word.startswith("--") else word[1:]
         option = _BY_NAME.get(name)
+        if option is None and name in ABSENT:
+            raise UsageError(f"option '{word}' cannot be used: {ABSENT[name]}")
         if option is None:
             raise UsageError(
                 f"unknown option '{word}'; the nearest known one is '-{nearest(name, _BY_NAME)}'"

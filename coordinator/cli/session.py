@@ -30,6 +30,7 @@ def run(s: Settings, folder: Path) -> int:
     """Returns the exit status."""
     _start_log(s)
     machine, loader = _machine(s)
+    _hint(s)
     return asyncio.run(_run(s, machine, loader, folder))
 
 
@@ -56,6 +57,13 @@ def _machine(s: Settings) -> tuple[Machine, Loader]:
         return machine, boot.kernel_loader(machine, Path(s.kernel), s.initrd, s.append)
     image = boot.read_firmware(Path(s.bios) if s.bios else pieces.firmware("bios-256k.bin"))
     return build.machine(s, vga_rom, rom_size=len(image)), boot.firmware_loader(image)
+
+
+def _hint(s: Settings) -> None:
+    """Nobody would see or control this machine: probably not what was meant."""
+    serial = any(spec.kind != "null" for spec in s.serials)
+    if not serial and not s.monitors and not s.options.start_paused and sys.stderr.isatty():
+        print("atoll run: the machine has no console; say -nographic or -serial stdio", file=sys.stderr)
 
 
 async def _run(s: Settings, machine: Machine, loader: Loader, folder: Path) -> int:

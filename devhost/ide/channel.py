@@ -34,7 +34,7 @@ _MASTER = "master"  # posted writes that change the bus-master registers
 
 COMMAND_BLOCK = RegisterMap(
     Register("Data", reg.DATA, widths=(2, 4), doc="ATA/ATAPI-6 7.5"),
-    Register("Features", reg.FEATURES, write=Access.POSTED, doc="ATA/ATAPI-6 7.9 (Error), 7.10"),
+    Register("Error/Features", reg.FEATURES, write=Access.POSTED, doc="ATA/ATAPI-6 7.9 (Error), 7.10"),
     Register("Count", reg.COUNT, write=Access.POSTED, doc="ATA/ATAPI-6 7.14; interrupt reason 7.12"),
     Register("LbaLow", reg.LBA_LOW, write=Access.POSTED, doc="ATA/ATAPI-6 7.13"),
     Register("LbaMid", reg.LBA_MID, write=Access.POSTED, doc="ATA/ATAPI-6 7.3"),
@@ -49,7 +49,7 @@ COMMAND_BLOCK = RegisterMap(
         doc="ATA/ATAPI-6 7.7",
     ),
     Register(
-        "Command",
+        "Status/Command",
         reg.COMMAND,
         read=Access.SHADOW,
         hazard=_SELECT,

@@ -106,3 +106,11 @@ def test_no_numbers(text: str) -> None:
 def test_every_option_is_in_the_help() -> None:
     text = options.help_text()
     assert all(f"-{option.name}" in text for option in options.OPTIONS)
+
+
+@pytest.mark.parametrize(("option", "why"), options.ABSENT.items())
+def test_an_option_known_from_elsewhere_says_why_it_is_not_here(option: str, why: str) -> None:
+    assert option not in {known.name for known in options.OPTIONS}
+    with pytest.raises(UsageError, match=f"'-{option}' cannot be used: ") as caught:
+        options.parse([f"-{option}"])
+    assert why in str(caught.value)
