@@ -10,8 +10,8 @@ from devhost.block_client import BlockClient, Completion
 
 log = logging.getLogger(__name__)
 
-#: how long the block daemon may be away before a drive reports errors, seconds. The host is deaf meanwhile, and
-#: a daemon that has died ends the machine anyway
+#: how long the block daemon may be away before a drive reports errors, seconds. The host is deaf meanwhile,
+#: and a daemon that has died ends the machine anyway
 PATIENCE = 1.0
 
 
