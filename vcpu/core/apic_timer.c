@@ -5,6 +5,12 @@
  * The thread waits on a timerfd. To arm a deadline later than the one it waits for costs nothing: it
  * wakes early, finds nothing due and waits again. While guest time stands still it is not armed;
  * whoever starts time raises ATTN_TIMER, and apic_timer_check() arms it.
+ *
+ * No deadline is lost. `deadline` and `armed` change under one lock, and set() follows each change: the timerfd is set for
+ * `armed`, which is never later than the deadline, so the thread wakes in time or too early. When it wakes it takes back
+ * `armed` and calls set() again; so also where its read() found nothing because the vCPU had set the timerfd anew
+ * between poll() and read(). A deadline that it takes away has raised ATTN_TIMER, after which apic_timer_check() looks at the
+ * registers themselves and arms for what they say. A vCPU that sleeps needs no thread: vcpu_sleep() waits for its deadline.
  */
 #include <errno.h>
 #include <poll.h>
