@@ -279,7 +279,7 @@ def test_images_that_are_none(folder: Path, name: str) -> None:
 
 
 @given(st.data())
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_spoilt_images(tmp_path: Path, data: st.DataObject) -> None:
     """Bytes changed or cut at random: a ConfigError or a start, nothing else. Loaders are run, too."""
     whole = data.draw(st.sampled_from([images.bzimage(), images.elf(), images.elf(32), images.multiboot()]))
