@@ -12,6 +12,9 @@ from coordinator.contract.config import Drive, Media, export_of
 from coordinator.contract.errors import ConfigError, IslandError
 from coordinator.machine import Vm
 
+#: formats of a medium that can be put in
+FORMATS = ("raw", "qcow2")
+
 
 class NotFound(IslandError):
     """There is no such drive."""
@@ -77,8 +80,9 @@ async def change(
     vm: Vm, name: str, filename: str, image_format: str | None = None, force: bool = False
 ) -> None:
     """Open the tray, swap the medium, close it. Where the new one cannot be used, the old one comes back."""
-    if image_format not in (None, "raw"):
-        raise ConfigError(f"format {image_format} cannot be used yet; only raw images can")
+    image_format = image_format or "raw"
+    if image_format not in FORMATS:
+        raise ConfigError(f"format {image_format} is not known; choose one of {', '.join(FORMATS)}")
     _removable(vm, name)
     path = os.path.abspath(filename)
     if not os.path.exists(path):
@@ -90,7 +94,7 @@ async def change(
         await open_tray(vm, name, force)
         await _remove(vm, old)
         try:
-            await _insert(vm, msgspec.structs.replace(old, file=path, read_only=True))
+            await _insert(vm, msgspec.structs.replace(old, file=path, format=image_format, read_only=True))
         except IslandError as error:
             if old.file is not None:
                 await _insert(vm, old)

@@ -28,7 +28,6 @@ INFO_MEMORY, INFO_COMMAND_LINE, INFO_MODULES, INFO_MMAP, INFO_LOADER_NAME = (
 )  # fmt: skip
 #: the information structure, then memory map and modules
 INFO_SIZE, INFO_ROOM = 128, platform.PAGE_TABLES - platform.BOOT_PARAMS
-MODULE_SIZE = 16
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,6 @@ static inline struct fabric *seg_fabric(const struct seg_header *seg) { return s
 static inline struct code_log *seg_code(const struct seg_header *seg) { return seg_at(seg, seg->code_offset); }
 static inline uint8_t *seg_dirty(const struct seg_header *seg) { return seg_at(seg, seg->dirty_offset); }
 static inline uint64_t *seg_code_masks(const struct seg_header *seg) { return seg_at(seg, seg->code_mask_offset); }
-static inline uint8_t *seg_guest(const struct seg_header *seg) { return seg_at(seg, seg->guest); }
 
 static inline void seg_pause(void) { __builtin_ia32_pause(); }
 

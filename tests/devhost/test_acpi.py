@@ -6,7 +6,6 @@ Offsets and values are those of ACPI 6.4 (5.2.x) and the HPET specification 1.0a
 from __future__ import annotations
 
 import re
-import shutil
 import struct
 import subprocess
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 
 from coordinator.contract.config import Machine
 from devhost.firmware import acpi, aml
+from tests.support.tools import require_tool
 
 BASE = 0x0FF0_0000
 
@@ -151,8 +151,7 @@ def test_eisa_id() -> None:
 @pytest.fixture
 def listing(tmp_path: Path) -> str:
     """The DSDT as iasl disassembles it - and compiles again."""
-    if shutil.which("iasl") is None:
-        pytest.skip("iasl (acpica-tools) is not installed")
+    require_tool("iasl")
     (tmp_path / "dsdt.aml").write_bytes(Memory(machine(vcpus=3, serials=2)).tables()["DSDT"])
     subprocess.run(["iasl", "-d", "dsdt.aml"], cwd=tmp_path, check=True, capture_output=True)
     text = (tmp_path / "dsdt.dsl").read_text()
@@ -192,8 +191,7 @@ def test_dsdt_by_iasl(listing: str) -> None:
 @pytest.mark.parametrize("name", ["FACP", "APIC", "HPET", "FACS", "RSDT"])
 def test_data_tables_by_iasl(tmp_path: Path, name: str) -> None:
     """iasl knows the layout of each and finds nothing wrong."""
-    if shutil.which("iasl") is None:
-        pytest.skip("iasl (acpica-tools) is not installed")
+    require_tool("iasl")
     (tmp_path / "table.aml").write_bytes(Memory(machine()).tables()[name])
     done = subprocess.run(["iasl", "-d", "table.aml"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0

@@ -21,6 +21,7 @@ from qemu.qmp import QMPClient
 from qemu.qmp.legacy import QMPMessage
 
 from tests.support import products
+from tests.support.tools import run_tool
 from tests.system.machine import ATOLL, CONSOLE, Machine, until, with_qmp
 
 UUID = "5d8d2a7c-6b61-4ce6-8f0a-111213141516"
@@ -246,6 +247,20 @@ def test_media(tmp_path: Path) -> None:
         assert tray_events(monitor, 3) == [True, False, True]
 
 
+def test_a_medium_may_be_qcow2(tmp_path: Path) -> None:
+    image = tmp_path / "disc.qcow2"
+    run_tool("qemu-img", "create", "-q", "-f", "qcow2", str(image), str(2048 * 40))
+    with with_qmp(*CONSOLE, "-drive", "media=cdrom,index=2") as machine, machine.qmp() as monitor:
+        machine.says("ready")
+        monitor.cmd("blockdev-change-medium", id="ide1-cd0", filename=str(image), format="qcow2")
+        (block,) = monitor.cmd("query-block")
+        assert block["inserted"]["drv"] == "qcow2" and block["inserted"]["ro"]
+        assert block["inserted"]["image"]["virtual-size"] == 2048 * 40
+        wrong = {"id": "ide1-cd0", "filename": str(image), "format": "vdi"}
+        reply = monitor.cmd_raw("blockdev-change-medium", wrong)
+        assert "choose one of raw, qcow2" in reply["error"]["desc"]
+
+
 def test_a_medium_that_cannot_be_leaves_the_old_one(tmp_path: Path) -> None:
     disc, empty, locked = tmp_path / "disc.iso", tmp_path / "empty", tmp_path / "locked"
     disc.write_bytes(bytes(2048))
@@ -433,7 +448,7 @@ def test_a_socket_that_waits_for_its_client(connect: bool) -> None:
             if connect:
                 with socket.socket(socket.AF_UNIX) as client:
                     client.connect(str(path))
-                    assert client.recv(6) == b"ready\n"
+                    assert client.recv(6, socket.MSG_WAITALL) == b"ready\n"
                     client.sendall(b"O")
                     assert machine.wait() == 0
             else:

@@ -10,8 +10,6 @@ static inline uint64_t stack_mask(const struct cpu *c)
     return c->mode & MODE_64 ? ~(uint64_t)0 : ARCH(c)->seg[SS].attr & 0x4000 ? UINT32_MAX : UINT16_MAX;
 }
 
-static inline uint64_t stack_pointer(const struct cpu *c) { return GPR(c, RSP) & stack_mask(c); }
-
 static inline void stack_set(struct cpu *c, uint64_t sp)
 {
     uint64_t mask = stack_mask(c);

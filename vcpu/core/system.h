@@ -19,8 +19,6 @@
 #define CR0_NW 0x20000000u
 #define CR0_CD 0x40000000u
 #define CR0_PG 0x80000000u
-#define CR4_VME 0x1u
-#define CR4_PVI 0x2u
 #define CR4_TSD 0x4u
 #define CR4_DE 0x8u
 #define CR4_PSE 0x10u
