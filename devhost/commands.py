@@ -24,6 +24,8 @@ class Commands:
             messages.Run: self._run,
             messages.Stop: self._stop,
             messages.Reset: lambda command: pc.power_on(),
+            messages.SaveState: lambda command: pc.save(),
+            messages.LoadState: lambda command: pc.load(command.records),
             messages.DescribeChip: self._describe,
             messages.PowerButton: lambda command: pc.pm.press_power_button(),
             messages.SendKeys: self._send_keys,

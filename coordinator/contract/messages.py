@@ -80,6 +80,16 @@ class LoadCpu(Command, frozen=True, tag="loadcpu"):
     registers: dict[str, int]
 
 
+class SaveState(Command, frozen=True, tag="savestate"):
+    """vCPU or device host, stopped: value is its packed records by name (see state.py)."""
+
+
+class LoadState(Command, frozen=True, tag="loadstate"):
+    """vCPU or device host, stopped: go on from what SaveState gave on a machine of the same configuration."""
+
+    records: dict[str, bytes]
+
+
 class Quit(Command, frozen=True, tag="quit"):
     """End in order: flush, close, exit 0."""
 
@@ -164,6 +174,8 @@ AnyCommand = (
     | Stop
     | Reset
     | LoadCpu
+    | SaveState
+    | LoadState
     | Quit
     | Translate
     | InjectNmi
