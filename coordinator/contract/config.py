@@ -120,6 +120,17 @@ class Export(msgspec.Struct, frozen=True):
     backing_allowed: tuple[str, ...] = ()
     snapshot: bool = False
     unsafe: bool = False
+    #: what a client is told about it; empty for its media and format
+    description: str = ""
+    #: an internal snapshot that is served read-only instead of the disk: its id or name, or
+    #: snapshot.id=...,snapshot.name=...
+    load_snapshot: str = ""
+    #: persistent dirty bitmaps that clients may read
+    bitmaps: tuple[str, ...] = ()
+    #: False when a discarded range keeps its content
+    discard: bool = True
+    #: False when a raw image need not be in whole sectors
+    sectors: bool = True
 
 
 def export_of(drive: Drive) -> Export:

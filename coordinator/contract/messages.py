@@ -161,6 +161,14 @@ class CloseExport(Command, frozen=True, tag="closeexport"):
     id: str
 
 
+class ResizeExport(Command, frozen=True, tag="resizeexport"):
+    """blockd: make an export larger; sessions that began before see its old size."""
+
+    id: str
+    #: bytes
+    size: int
+
+
 class QueryExports(Command, frozen=True, tag="queryexports"):
     """blockd: value is a list of dicts (id, file, format, size, read_only, reads, writes, ...)."""
 
@@ -189,6 +197,7 @@ AnyCommand = (
     | InsertMedium
     | OpenExport
     | CloseExport
+    | ResizeExport
     | QueryExports
     | QueryDrives
 )
