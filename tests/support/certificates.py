@@ -64,7 +64,8 @@ class _Authority:
         """A key and a certificate of ``side``: "server" or "client"."""
         folder.mkdir(parents=True)
         request, extensions = folder / "request.pem", folder / "extensions"
-        _openssl("req", "-new", *_new_key(folder / f"{side}-key.pem"), "-out", request, "-subj", f"/CN={name}")
+        key = folder / f"{side}-key.pem"
+        _openssl("req", "-new", *_new_key(key), "-out", request, "-subj", f"/CN={name}")
         extensions.write_text(_EXTENSIONS.format(use=f"{side}Auth", names=names))
         _openssl("x509", "-req", "-in", request, "-CA", self.certificate, "-CAkey", self._key,
                  "-CAcreateserial", "-days", _DAYS, "-extfile", extensions,
