@@ -42,6 +42,11 @@ class Core:
         for host, fd in enumerate(doorbells):
             lib.core_doorbell(self._core, host, fd)
 
+    @property
+    def handle(self) -> Any:
+        """``struct cpu *``, for what else of the library is called on it."""
+        return self._core
+
     def close(self) -> None:
         lib.core_destroy(self._core)
         self._core = ffi.NULL

@@ -22,7 +22,7 @@ from coordinator.contract import island, messages
 from coordinator.contract.config import VcpuConfig
 from coordinator.contract.errors import AtollError, MessageError
 from coordinator.contract.segment import Segment
-from vcpu import load
+from vcpu import load, state
 from vcpu.bus import BusClient
 from vcpu.core import Core
 from vcpu.exits import Exit
@@ -148,6 +148,10 @@ class Vcpu:
             case messages.LoadCpu(mode=mode, registers=registers):
                 load.load(self.core.arch, mode, registers)
                 self.core.state_changed()
+            case messages.SaveState():
+                return state.save(self.core, self.index)
+            case messages.LoadState(records=records):
+                state.load(self.core, self.index, records)
             case messages.Translate(linear=linear):
                 return self.core.translate(linear)
             case messages.InjectNmi():

@@ -16,6 +16,15 @@ uint8_t *core_base(struct cpu *c);                /* host address of the segment
 int core_run(struct cpu *c, int64_t budget);
 /* After someone else wrote the architectural state (reset, load): TLB, blocks' mode and lazy flags follow. */
 void core_state_changed(struct cpu *c);
+/* Architectural state that is not in struct vcpu_block, for save and load while run() is not inside. */
+struct core_hidden {
+    uint64_t pdpte[4];       /* PAE: as loaded with CR3; memory may say something else by now */
+    uint32_t lint0_seen;     /* level of the PIC's INTR at the last look */
+    uint32_t pad;
+};
+void core_hidden_get(const struct cpu *c, struct core_hidden *out);
+/* arch and the posted words were written: everything that follows from them is made anew, the APIC timer armed. */
+void core_loaded(struct cpu *c, const struct core_hidden *hidden);
 /* HLT ends run() with EXIT_DEBUG, rip behind it: how a program without devices ends in tests. */
 void core_halt_exits(struct cpu *c, int on);
 /* Architectural state as after power-on; an AP then waits for SIPI. Posted words are emptied. */

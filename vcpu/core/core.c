@@ -1,5 +1,5 @@
 /* A vCPU's address space: the segment, and in front of the private state the vCPU's own block of it. */
-#include "apic.h"
+#include "apic_private.h"
 #include "api.h"
 #include "block.h"
 #include "flags.h"
@@ -100,6 +100,23 @@ void core_state_changed(struct cpu *c)
     ARCH(c)->zero = 0;
     system_load(c);
     mode_update(c);
+}
+
+void core_hidden_get(const struct cpu *c, struct core_hidden *out)
+{
+    *out = (struct core_hidden){.lint0_seen = c->lint0_seen};
+    memcpy(out->pdpte, c->sys.pdpte, sizeof out->pdpte);
+}
+
+void core_loaded(struct cpu *c, const struct core_hidden *hidden)
+{
+    core_state_changed(c);
+    memcpy(c->sys.pdpte, hidden->pdpte, sizeof c->sys.pdpte);
+    c->lint0_seen = hidden->lint0_seen;
+    blocks_drop_all(c); /* memory has other bytes, and nobody has told */
+    apic_publish(c);
+    apic_timer_arm(c);
+    core_attend(c, ATTN_IRQ | ATTN_TIMER);
 }
 
 void core_halt_exits(struct cpu *c, int on) { c->halt_exits = on; }

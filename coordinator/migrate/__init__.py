@@ -1,0 +1,1 @@
+"""Stop-copy migration: see docs/migration.md."""

@@ -1,0 +1,86 @@
+"""A vCPU's whole state as a record: architectural registers, local APIC, interrupts that are posted and not taken.
+
+The fields of ``struct cpu_arch`` (segment.h) are named there. Deadlines are guest time, so a stopped clock loses nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from coordinator.contract.errors import RecordError
+from coordinator.contract.layout import struct_get, struct_set
+from coordinator.contract.state import Record, pack, unpack
+from vcpu._core import ffi, lib
+from vcpu.core import Core
+
+#: in struct cpu_arch for speed or alignment only
+OMITTED = frozenset({"zero", "vec_align"})
+#: words of struct vcpu_block that others write: what has been sent to this vCPU and not taken yet
+POSTED = ("posted_nmi", "posted_init", "posted_sipi", "posted_kick", "extint_level")
+POSTED_BITS = ("posted_irr", "posted_tmr")
+#: what the loader must not believe: an index into our own tables
+ACTIVITIES = range(4)
+
+
+class CpuRecord(Record, frozen=True):
+    """``arch`` is ``struct cpu_arch`` by name, ``posted`` the words above, ``pdpte`` the PAE page-directory
+    pointers as loaded with CR3, ``lint0`` the PIC's request as last seen."""
+
+    kind = "vcpu"
+
+    index: int
+    arch: dict[str, Any]
+    posted: dict[str, int]
+    posted_bits: dict[str, list[int]]
+    pdpte: list[int]
+    lint0: bool
+
+
+def save(core: Core, index: int) -> dict[str, bytes]:
+    """The record of a vCPU that is outside of ``run``."""
+    hidden = ffi.new("struct core_hidden *")
+    lib.core_hidden_get(core.handle, hidden)
+    record = CpuRecord(
+        index=index,
+        arch=struct_get(ffi, core.arch, OMITTED),
+        posted={name: int(getattr(core.block, name)) for name in POSTED},
+        posted_bits={name: list(getattr(core.block, name)) for name in POSTED_BITS},
+        pdpte=list(hidden.pdpte),
+        lint0=bool(hidden.lint0_seen),
+    )
+    return {"vcpu": pack(record)}
+
+
+def load(core: Core, index: int, records: dict[str, bytes]) -> None:
+    """Go on from what ``save`` gave; RecordError, with the vCPU as it was, where that does not fit."""
+    if records.keys() != {"vcpu"}:
+        raise RecordError(f"vcpu{index}: records {', '.join(sorted(records))}; one is wanted, named vcpu")
+    record = unpack(records["vcpu"], CpuRecord)
+    if record.index != index:
+        raise RecordError(f"vcpu{index}: the record is of vCPU {record.index}")
+    arch = ffi.new("struct cpu_arch *")
+    struct_set(ffi, arch, record.arch, f"vcpu{index}", OMITTED)
+    if arch.activity not in ACTIVITIES or arch.cpl > 3 or arch.cpl != arch.seg[2].attr >> 5 & 3:
+        raise RecordError(f"vcpu{index}: activity {arch.activity} or privilege level {arch.cpl} cannot be")
+    words = _words(record, index)
+    ffi.memmove(ffi.addressof(core.arch), arch, ffi.sizeof("struct cpu_arch"))
+    for name, value in words.items():
+        setattr(core.block, name, value)
+    hidden = ffi.new("struct core_hidden *")
+    hidden.pdpte, hidden.lint0_seen = record.pdpte, record.lint0
+    lib.core_loaded(core.handle, hidden)
+
+
+def _words(record: CpuRecord, index: int) -> dict[str, int | list[int]]:
+    """The posted words, all of them in range."""
+    words: dict[str, int | list[int]] = {**record.posted, **record.posted_bits}
+    fits = (
+        record.posted.keys() == set(POSTED)
+        and record.posted_bits.keys() == set(POSTED_BITS)
+        and all(0 <= value < 1 << 32 for value in record.posted.values())
+        and all(len(bits) == 4 for bits in (*record.posted_bits.values(), record.pdpte))
+        and all(0 <= word < 1 << 64 for bits in (*record.posted_bits.values(), record.pdpte) for word in bits)
+    )
+    if not fits:
+        raise RecordError(f"vcpu{index}: the words of posted interrupts do not fit")
+    return words
