@@ -37,7 +37,7 @@ from coordinator.contract.nbd import (
     TransmissionFlag,
     host_errno,
 )
-from devhost.block_handshake import ClientHandshake, ExportInfo, TryAgain
+from coordinator.contract.nbd_handshake import ClientHandshake, ExportInfo, TryAgain
 
 #: buffers in one system call (UIO_MAXIOV of Linux)
 MAX_BUFFERS = 1024

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import enum
 import errno
+import os
+import re
 import struct
 
 # ---- "Newstyle negotiation", "Fixed newstyle negotiation" --------------------------------------
@@ -211,3 +213,18 @@ def host_errno(error: int) -> int:
     """The errno for a wire error. "Error values": an unknown one is to be treated as EINVAL; a
     client cannot act on that, so it is EIO here."""
     return _TO_ERRNO.get(error, errno.EIO)
+
+
+# ---- names ---------------------------------------------------------------------------------------------
+#: "The NBD Uniform Resource Indicator (URI) format", schemes; and QEMU's older nbd:HOST:PORT and nbd:unix:PATH
+_NETWORK_NAME = re.compile(r"nbds?(\+[a-z]+)?:", re.IGNORECASE)
+
+
+def is_network_name(name: str) -> bool:
+    """Does an image's name mean an NBD server? A file of such a name is reached as ./NAME."""
+    return _NETWORK_NAME.match(name) is not None
+
+
+def absolute_name(name: str) -> str:
+    """An image's name that means the same in every folder."""
+    return name if is_network_name(name) else os.path.abspath(name)
