@@ -152,6 +152,8 @@ class Vcpu:
                 return state.save(self.core, self.index)
             case messages.LoadState(records=records):
                 state.load(self.core, self.index, records)
+            case messages.DescribeCpu():
+                return state.features(self.core)
             case messages.Translate(linear=linear):
                 return self.core.translate(linear)
             case messages.InjectNmi():

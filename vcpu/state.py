@@ -20,6 +20,26 @@ POSTED = ("posted_nmi", "posted_init", "posted_sipi", "posted_kick", "extint_lev
 POSTED_BITS = ("posted_irr", "posted_tmr")
 #: what the loader must not believe: an index into our own tables
 ACTIVITIES = range(4)
+#: CPUID words that a guest chooses its code by: (leaf, subleaf, register), and bits of them that are state, not features
+FEATURES = {
+    (0x1, 0, "eax"): 0,
+    (0x1, 0, "ecx"): 1 << 27,  # OSXSAVE
+    (0x1, 0, "edx"): 1 << 9,  # APIC, while it is enabled
+    (0x6, 0, "eax"): 0,
+    (0x7, 0, "ebx"): 0,
+    (0x7, 0, "ecx"): 0,
+    (0x7, 0, "edx"): 0,
+    (0xD, 0, "eax"): 0,
+    (0xD, 0, "ecx"): 0,
+    (0xD, 1, "eax"): 0,
+    (0x40000001, 0, "eax"): 0,
+    (0x40000010, 0, "ebx"): 0,
+    (0x80000001, 0, "ecx"): 0,
+    (0x80000001, 0, "edx"): 1 << 9,
+    (0x80000008, 0, "eax"): 0,
+    (0x80000008, 0, "ebx"): 0,
+    (0x80000021, 0, "eax"): 0,
+}
 
 
 class CpuRecord(Record, frozen=True):
@@ -59,7 +79,7 @@ def load(core: Core, index: int, records: dict[str, bytes]) -> None:
     if record.index != index:
         raise RecordError(f"vcpu{index}: the record is of vCPU {record.index}")
     arch = ffi.new("struct cpu_arch *")
-    struct_set(ffi, arch, record.arch, f"vcpu{index}", OMITTED)
+    struct_set(ffi, arch[0], record.arch, f"vcpu{index}", OMITTED)
     if arch.activity not in ACTIVITIES or arch.cpl > 3 or arch.cpl != arch.seg[2].attr >> 5 & 3:
         raise RecordError(f"vcpu{index}: activity {arch.activity} or privilege level {arch.cpl} cannot be")
     words = _words(record, index)
@@ -84,3 +104,14 @@ def _words(record: CpuRecord, index: int) -> dict[str, int | list[int]]:
     if not fits:
         raise RecordError(f"vcpu{index}: the words of posted interrupts do not fit")
     return words
+
+
+def features(core: Core) -> dict[str, int]:
+    """The words of FEATURES, by names like "1.ecx" and "d.1.eax" (a subleaf is named where it counts)."""
+    result = {}
+    for (leaf, subleaf, register), state in FEATURES.items():
+        words = ffi.new("uint32_t[4]")
+        lib.core_cpuid(core.handle, leaf, subleaf, words)
+        name = f"{leaf:x}.{subleaf}.{register}" if leaf == 0xD else f"{leaf:x}.{register}"
+        result[name] = words[("eax", "ebx", "ecx", "edx").index(register)] & ~state
+    return result

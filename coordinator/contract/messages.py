@@ -90,6 +90,10 @@ class LoadState(Command, frozen=True, tag="loadstate"):
     records: dict[str, bytes]
 
 
+class DescribeCpu(Command, frozen=True, tag="describecpu"):
+    """vCPU: what a guest can rely on, as words of CPUID by name ("1.ecx"), XSAVE size ("d.0.ecx") among them."""
+
+
 class Quit(Command, frozen=True, tag="quit"):
     """End in order: flush, close, exit 0."""
 
@@ -184,6 +188,7 @@ AnyCommand = (
     | LoadCpu
     | SaveState
     | LoadState
+    | DescribeCpu
     | Quit
     | Translate
     | InjectNmi

@@ -119,4 +119,10 @@ void core_loaded(struct cpu *c, const struct core_hidden *hidden)
     core_attend(c, ATTN_IRQ | ATTN_TIMER);
 }
 
+void core_cpuid(const struct cpu *c, uint32_t leaf, uint32_t subleaf, uint32_t out[4])
+{
+    struct cpuid_leaf l = cpuid_query(c, leaf, subleaf);
+    memcpy(out, (uint32_t[]){l.eax, l.ebx, l.ecx, l.edx}, sizeof(uint32_t[4]));
+}
+
 void core_halt_exits(struct cpu *c, int on) { c->halt_exits = on; }
