@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import os
 import sys
 
-from coordinator.cli.options import nearest
 from coordinator.contract.errors import AtollError
 
 #: subcommand -> (module with ``run(arguments) -> exit status``, what it does)
@@ -34,10 +32,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(usage())
         return 0
     if arguments[0] in ("-version", "--version", "version"):
-        print(f"atoll {importlib.metadata.version('atoll')}")
+        from importlib import metadata  # slow, and wanted only here
+
+        print(f"atoll {metadata.version('atoll')}")
         return 0
     name, *rest = arguments
     if name not in SUBCOMMANDS:
+        from coordinator.cli.options import nearest
+
         print(
             f"atoll: unknown command '{name}'; did you mean '{nearest(name, SUBCOMMANDS)}'?", file=sys.stderr
         )
