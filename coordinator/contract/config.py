@@ -9,6 +9,8 @@ import enum
 
 import msgspec
 
+from coordinator.contract.drives import DrivePolicy
+
 
 class Media(enum.Enum):
     DISK = "disk"
@@ -32,6 +34,13 @@ class Drive(msgspec.Struct, frozen=True):
     snapshot: bool = False
     #: a flush does nothing: for disks that nobody will miss
     unsafe: bool = False
+    #: what migration does with a command under way
+    policy: DrivePolicy = DrivePolicy()
+
+    @property
+    def driver(self) -> str:
+        """As in -global: ide-cd or ide-hd."""
+        return "ide-cd" if self.media is Media.CDROM else "ide-hd"
 
 
 class Rtc(msgspec.Struct, frozen=True):

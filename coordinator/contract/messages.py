@@ -16,6 +16,7 @@ import msgspec
 
 from coordinator.contract.codec import Codec
 from coordinator.contract.config import Drive, Export
+from coordinator.contract.drives import DrivePhase
 
 #: raised with every change of a message; islands of another protocol are refused at Hello
 PROTOCOL = 1
@@ -92,6 +93,54 @@ class LoadState(Command, frozen=True, tag="loadstate"):
 
 class DescribeCpu(Command, frozen=True, tag="describecpu"):
     """vCPU: what a guest can rely on, as words of CPUID by name ("1.ecx"), XSAVE size ("d.0.ecx") among them."""
+
+
+class SetDriveProperty(Command, frozen=True, tag="setdrive"):
+    """Device host: a property of -global, as text (see contract/drives.py). ``drive`` None: all drives that
+    have it. Value: the properties of each drive concerned, by drive id."""
+
+    drive: str | None
+    name: str
+    value: str
+
+
+class DrainDrives(Command, frozen=True, tag="drain"):
+    """Device host, while the vCPUs run: let commands end and none begin. Concerns drives whose policy has a
+    drain; ``bound_ms`` (guest time) stands in for the policies' bounds and then concerns all. Answered late:
+    {"drained": bool, "cancelled": bool, "waited_ns": int, "drives": [{"id", "phase", "drained"}]}. New
+    commands wait (BusReply.hold) until CancelDrain or Run, also after the answer."""
+
+    bound_ms: int | None = None
+
+
+class CancelDrain(Command, frozen=True, tag="canceldrain"):
+    """Device host: no more drain; one that is under way is answered. Harmless when there is none."""
+
+
+class ArmPhase(Command, frozen=True, tag="armphase"):
+    """Device host: at the ``nth`` time from now on that the drive enters ``phase``, hold it there and notify
+    PhaseReached. The vCPUs are to be stopped then; the drive moves on at DisarmPhase, at the next Run or
+    Reset, or after ``hold_ms``. PhaseMissed when it has not come within ``timeout_ms``. Times are guest
+    time."""
+
+    drive: str
+    phase: DrivePhase
+    nth: Annotated[int, msgspec.Meta(ge=1)] = 1
+    timeout_ms: Annotated[int, msgspec.Meta(ge=1)] = 60_000
+    hold_ms: Annotated[int, msgspec.Meta(ge=1)] = 5_000
+
+
+class DisarmPhase(Command, frozen=True, tag="disarmphase"):
+    """Device host: forget what is armed, let a drive that is held go on."""
+
+
+class QueryPhases(Command, frozen=True, tag="queryphases"):
+    """Device host: value is a list of dicts, one a drive: id, driver, phase (a DrivePhase), properties (as
+    -global has them), and since the last ``reset`` of the counters guest_ns, and by phase ``ns`` and
+    ``entries``. ``command`` tells of one under way, else None: opcode, packet (hex, CD-ROM only), position and
+    length in the buffer, remaining bytes of the medium, PRD descriptor and bytes left of its region."""
+
+    reset: bool = False
 
 
 class Quit(Command, frozen=True, tag="quit"):
@@ -189,6 +238,12 @@ AnyCommand = (
     | SaveState
     | LoadState
     | DescribeCpu
+    | SetDriveProperty
+    | DrainDrives
+    | CancelDrain
+    | ArmPhase
+    | DisarmPhase
+    | QueryPhases
     | Quit
     | Translate
     | InjectNmi
@@ -261,6 +316,23 @@ class TrayMoved(msgspec.Struct, frozen=True, tag="tray"):
     open: bool
 
 
+class PhaseReached(msgspec.Struct, frozen=True, tag="phasereached"):
+    """ArmPhase: the drive is held in this phase since guest time ``guest_ns``."""
+
+    drive: str
+    phase: DrivePhase
+    guest_ns: int
+
+
+class PhaseMissed(msgspec.Struct, frozen=True, tag="phasemissed"):
+    """ArmPhase: it did not come in time (``held`` False), or nobody stopped the vCPUs (True). Nothing is armed
+    now."""
+
+    drive: str
+    phase: DrivePhase
+    held: bool
+
+
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """The island cannot go on; it exits after this."""
 
@@ -268,7 +340,17 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 AnyNotice = (
-    Hello | Answer | GuestReset | GuestShutdown | SerialOutput | DebugOutput | TraceLines | TrayMoved | Failed
+    Hello
+    | Answer
+    | GuestReset
+    | GuestShutdown
+    | SerialOutput
+    | DebugOutput
+    | TraceLines
+    | TrayMoved
+    | PhaseReached
+    | PhaseMissed
+    | Failed
 )
 
 commands: Codec[AnyCommand] = Codec(AnyCommand)

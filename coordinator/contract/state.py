@@ -40,17 +40,24 @@ def pack(record: Record) -> bytes:
 
 def unpack(blob: bytes, record_type: type[R]) -> R:
     """Decode what ``pack`` made; RecordError names what does not fit."""
+    return unpack_any(blob, record_type)
+
+
+def unpack_any(blob: bytes, *record_types: type[R]) -> R:
+    """The same where one kind has several versions: ``record_types`` are those this build loads."""
+    kind = record_types[0].kind
     try:
         envelope = msgspec.msgpack.decode(blob, type=Envelope)
     except msgspec.MsgspecError as error:
-        raise RecordError(f"record of {record_type.kind}: no envelope: {error}") from None
-    if envelope.kind != record_type.kind:
-        raise RecordError(f"record of {envelope.kind!r} where {record_type.kind!r} is wanted")
-    if envelope.version != record_type.version:
-        raise RecordError(
-            f"record of {envelope.kind}: version {envelope.version}, this build knows {record_type.version}"
-        )
+        raise RecordError(f"record of {kind}: no envelope: {error}") from None
+    if envelope.kind != kind:
+        raise RecordError(f"record of {envelope.kind!r} where {kind!r} is wanted")
+    by_version = {record_type.version: record_type for record_type in record_types}
+    record_type = by_version.get(envelope.version)
+    if record_type is None:
+        known = " and ".join(map(str, sorted(by_version)))
+        raise RecordError(f"record of {kind}: version {envelope.version}, this build knows {known}")
     try:
         return msgspec.msgpack.decode(envelope.data, type=record_type)
     except msgspec.MsgspecError as error:
-        raise RecordError(f"record of {envelope.kind}: {error}") from None
+        raise RecordError(f"record of {kind}: {error}") from None
