@@ -223,6 +223,11 @@ class Vm:
         await asyncio.gather(*(self.command(role, kind(serial=self.next_serial())) for role in roles))
 
     @property
+    def hosts(self) -> list[str]:
+        """Roles of the device hosts."""
+        return ["devhost0"]
+
+    @property
     def vcpus(self) -> list[str]:
         return [f"vcpu{i}" for i in range(self.machine.vcpus)]
 
@@ -331,7 +336,7 @@ class Vm:
         assert self.segment is not None
         await self._all(self.vcpus, messages.Stop)
         try:
-            await self._all(["devhost0"], messages.Stop)
+            await self._all(self.hosts, messages.Stop)
         except IslandError:  # a block request that is not answered: the guest goes on, as if nobody had asked
             if not self.ending.done():
                 await self._resume()
@@ -344,7 +349,7 @@ class Vm:
         await self._resume()
 
     async def _resume(self) -> None:
-        await self._all(["devhost0"], messages.Run)
+        await self._all(self.hosts, messages.Run)
         await self._all(self.vcpus, messages.Run)
 
     async def cont(self) -> None:
@@ -391,7 +396,7 @@ class Vm:
             runs = self.state == "running"
             if runs:
                 await self._pause()
-            await self._all(["devhost0"], messages.Reset)
+            await self._all(self.hosts, messages.Reset)
             await self._all(self.vcpus, messages.Reset)
             await self._load()
             self.event("RESET", {"guest": guest, "reason": reason})

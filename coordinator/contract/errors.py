@@ -8,6 +8,7 @@
      +-- RecordError           a state record is unknown, incomplete, or has left-over fields
      +-- IslandError           a process of the machine failed or died
      +-- BlockError            a block request or export failed
+     +-- MigrationError        a stream does not fit or ends, or the other side is gone
 
 Guest faults are data, not exceptions: nothing a guest does raises one of these.
 """
@@ -53,3 +54,7 @@ class BlockError(AtollError):
     def __init__(self, message: str, errno: int = 5) -> None:
         super().__init__(message)
         self.errno = errno
+
+
+class MigrationError(AtollError):
+    """A machine could not be moved, saved or taken over."""

@@ -226,6 +226,12 @@ class QueryExports(Command, frozen=True, tag="queryexports"):
     """blockd: value is a list of dicts (id, file, format, size, read_only, reads, writes, ...)."""
 
 
+class IdentifyExport(Command, frozen=True, tag="identifyexport"):
+    """blockd: value is a dict (size, content, writable), see blockd/identity.py."""
+
+    id: str
+
+
 class QueryDrives(Command, frozen=True, tag="querydrives"):
     """Device host: value is a list of dicts (id, tray_open, locked, inserted, phase)."""
 
@@ -259,6 +265,7 @@ AnyCommand = (
     | CloseExport
     | ResizeExport
     | QueryExports
+    | IdentifyExport
     | QueryDrives
 )
 

@@ -177,6 +177,16 @@ class Segment:
         return int(self.header.guest)
 
     @property
+    def guest_address(self) -> int:
+        """Host address of guest memory in this process, for C."""
+        return int(ffi.cast("uintptr_t", self._memory)) + self.guest_offset
+
+    def empty_memory(self) -> None:
+        """RAM and video RAM become holes of the memfd (madvise(2), MADV_REMOVE): they read as zero and take no room. vCPUs
+        must not be running."""
+        self._map.madvise(mmap.MADV_REMOVE, self.guest_offset, self.rom_offset - self.guest_offset)
+
+    @property
     def vram_offset(self) -> int:
         return int(self.header.vram)
 

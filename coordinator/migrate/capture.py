@@ -1,0 +1,116 @@
+"""The state of a stopped machine, but for guest memory: taken, and put into another machine.
+
+Order of putting: guest time, then devices (their timers are deadlines in guest time; their pins rise while every IOAPIC entry is
+masked), then the interrupt fabric, then vCPUs, whose posted interrupts are those of the record and nobody else's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from coordinator.contract import messages
+from coordinator.contract._segment import ffi
+from coordinator.contract.errors import RecordError
+from coordinator.contract.layout import struct_get, struct_set
+from coordinator.contract.segment import Segment
+from coordinator.contract.state import Record, pack, unpack
+from coordinator.machine import Vm
+
+#: under the fabric's lock word, which is nobody's while the machine stands still
+_FABRIC_OMITTED = frozenset({"lock"})
+
+
+class FabricRecord(Record, frozen=True):
+    """``struct fabric`` by name: pin levels by source, the IOAPIC."""
+
+    kind = "fabric"
+
+    fabric: dict[str, Any]
+
+
+class TimeRecord(Record, frozen=True):
+    """``guest_ns``: guest time; ``wall_ns``: UNIX time at guest time 0; ``stopped_at_ns``: UNIX time when it stopped."""
+
+    kind = "time"
+
+    guest_ns: int
+    wall_ns: int
+    tsc_khz: int
+    stopped_at_ns: int
+
+
+class MachineState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Packed records; ``devices`` by host and device name, ``vcpus`` by index. ``runstate`` is that before the migration.
+    ``drives``: what the stream says of each drive, see messages.QueryDrives."""
+
+    runstate: str
+    time: bytes
+    fabric: bytes
+    devices: dict[str, dict[str, bytes]]
+    vcpus: tuple[dict[str, bytes], ...]
+    drives: tuple[dict[str, Any], ...] = ()
+
+
+async def capture(vm: Vm, runstate: str, stopped_at_ns: int) -> MachineState:
+    """Of a machine whose vCPUs are stopped and whose devices are paused."""
+    segment = vm.segment
+    assert segment is not None
+    time = segment.header.time
+    devices = {host: await vm.command(host, messages.SaveState(serial=vm.next_serial())) for host in vm.hosts}
+    drives = [
+        entry
+        for host in vm.hosts
+        for entry in await vm.command(host, messages.QueryDrives(serial=vm.next_serial()))
+    ]
+    vcpus = [await vm.command(role, messages.SaveState(serial=vm.next_serial())) for role in vm.vcpus]
+    return MachineState(
+        runstate=runstate,
+        time=pack(
+            TimeRecord(
+                guest_ns=int(time.guest_ns),
+                wall_ns=int(time.wall_ns),
+                tsc_khz=int(time.tsc_khz),
+                stopped_at_ns=stopped_at_ns,
+            )
+        ),
+        fabric=pack(FabricRecord(fabric=struct_get(ffi, segment.fabric[0], _FABRIC_OMITTED))),
+        devices=devices,
+        vcpus=tuple(vcpus),
+        drives=tuple(drives),
+    )
+
+
+async def apply(vm: Vm, state: MachineState) -> TimeRecord:
+    """Put a state into a machine that has not run; RecordError or IslandError where it does not fit, and then the
+    machine is of no use. Returns its time."""
+    segment = vm.segment
+    assert segment is not None
+    if state.devices.keys() != set(vm.hosts):
+        raise RecordError(f"the state is of device hosts {', '.join(sorted(state.devices))}")
+    if len(state.vcpus) != segment.vcpus:
+        raise RecordError(f"the state is of {len(state.vcpus)} vCPUs, this machine has {segment.vcpus}")
+    time = unpack(state.time, TimeRecord)
+    _set_time(segment, time)
+    for host, records in state.devices.items():
+        await vm.command(host, messages.LoadState(serial=vm.next_serial(), records=records))
+    _set_fabric(segment, unpack(state.fabric, FabricRecord))
+    for role, records in zip(vm.vcpus, state.vcpus, strict=True):
+        await vm.command(role, messages.LoadState(serial=vm.next_serial(), records=records))
+    return time
+
+
+def _set_time(segment: Segment, time: TimeRecord) -> None:
+    for value in (time.guest_ns, time.wall_ns, time.stopped_at_ns):
+        if not 0 <= value < 1 << 63:
+            raise RecordError(f"time: {value} ns is out of range")
+    if not 1 <= time.tsc_khz < 1 << 32:
+        raise RecordError(f"time: a TSC of {time.tsc_khz} kHz cannot be")
+    segment.set_time(time.guest_ns, time.wall_ns, time.tsc_khz)
+
+
+def _set_fabric(segment: Segment, record: FabricRecord) -> None:
+    fabric = ffi.new("struct fabric *")
+    struct_set(ffi, fabric[0], record.fabric, "fabric", _FABRIC_OMITTED)
+    ffi.memmove(segment.fabric, fabric, ffi.sizeof("struct fabric"))
