@@ -20,6 +20,7 @@ import msgspec
 
 from blockd.hostfile import HostFile
 from blockd.image import Buffer, Image
+from blockd.nbd.contexts import contexts_of
 from blockd.qcow2.backing import Chain
 from blockd.qcow2.create import Options, create
 from blockd.qcow2.image import Qcow2Image, probe
@@ -77,11 +78,15 @@ class Session(Protocol):
 class Export:
     """One image under one name."""
 
-    def __init__(self, name: str, image: Image, media: config.Media, epoch: int) -> None:
-        self.name = name
+    def __init__(self, wanted: config.Export, image: Image, epoch: int) -> None:
+        """BlockError when a bitmap that is wanted cannot be read."""
+        self.name = wanted.id
         self.image = image
-        self.media = media
+        self.media = wanted.media
         self.epoch = epoch
+        self.description = wanted.description or f"{wanted.media.value}, {image.format}"
+        self.discard = wanted.discard
+        self.contexts = contexts_of(image, wanted.bitmaps)
         self._lock = threading.Lock()
         self._sessions: set[Session] = set()
         self._retired = False
@@ -124,6 +129,24 @@ class Export:
         finally:
             self.image.close()
 
+    def resize(self, size: int) -> None:
+        """Make the disk larger. Sessions that are there go on with the size they were told, for NBD has no
+        word for another one; so it never shrinks. BlockError when it cannot be."""
+        file = self.image.file
+        if self.image.read_only:
+            raise BlockError(f"{file}: is served read-only, so its size cannot change", errno.EROFS)
+        if len(self.contexts) > 1:
+            raise BlockError(f"{file}: its bitmaps are served, so its size cannot change", errno.EBUSY)
+        if size < self.image.size or size % DISK_SECTOR:
+            has = self.image.size
+            text = f"{file}: a disk that is served can only grow, by whole sectors (it has {has} bytes)"
+            raise BlockError(text, errno.EINVAL)
+        try:
+            self.image.resize(size)
+        except OSError as error:
+            text = f"{file}: cannot be resized: {error.strerror or error}"
+            raise BlockError(text, error.errno or errno.EIO) from None
+
     def describe(self) -> dict[str, Any]:
         """What QueryExports tells."""
         with self._lock:
@@ -147,16 +170,20 @@ class Export:
 
 def open_raw(wanted: config.Export) -> Image:
     """A disk in whole sectors, or a CD-ROM, which is never written and padded to a whole sector."""
+    if wanted.load_snapshot:
+        raise BlockError(f"{wanted.file}: raw images have no snapshots", errno.ENOTSUP)
     if wanted.media is config.Media.CDROM:
         return RawImage(wanted.file, read_only=True, granularity=CD_SECTOR, pad=True)
-    return RawImage(wanted.file, read_only=wanted.read_only, granularity=DISK_SECTOR)
+    granularity = DISK_SECTOR if wanted.sectors else 1
+    return RawImage(wanted.file, read_only=wanted.read_only, granularity=granularity)
 
 
 def open_qcow2(wanted: config.Export) -> Image:
     """A qcow2 image with its chain of backing files, as far as those are allowed."""
-    read_only = wanted.read_only or wanted.media is config.Media.CDROM
+    snapshot = wanted.load_snapshot or None
+    read_only = wanted.read_only or wanted.media is config.Media.CDROM or snapshot is not None
     opener = unsafe_file if wanted.unsafe else HostFile
-    image = Qcow2Image(wanted.file, read_only, Chain(wanted.backing_allowed), opener)
+    image = Qcow2Image(wanted.file, read_only, Chain(wanted.backing_allowed), opener, snapshot=snapshot)
     if image.size % DISK_SECTOR or not image.size:
         size = image.size
         image.close()
@@ -169,12 +196,12 @@ def open_probed(wanted: config.Export) -> Image:
     found to be raw is kept from becoming anything else."""
     if probe(wanted.file) == "qcow2":
         return open_qcow2(wanted)
-    if wanted.read_only or wanted.media is config.Media.CDROM:
+    if wanted.read_only or wanted.load_snapshot or wanted.media is config.Media.CDROM:
         return open_raw(wanted)
     log.warning(
         "%s: no format was given, and raw was guessed; say format=raw to lift limits on block 0", wanted.file
     )
-    return ProbedRawImage(wanted.file, granularity=DISK_SECTOR)
+    return ProbedRawImage(wanted.file, granularity=DISK_SECTOR if wanted.sectors else 1)
 
 
 class ProbedRawImage(RawImage):
@@ -250,16 +277,33 @@ class ExportTable:
                 return next(iter(self._exports.values()))
             return self._exports.get(name)
 
+    def named(self, name: str) -> Export:
+        """The export of exactly that name; BlockError when there is none."""
+        with self._lock:
+            export = self._exports.get(name)
+        if export is None:
+            raise BlockError(f"no export is named {name!r}", errno.ENOENT)
+        return export
+
     def names(self) -> list[str]:
         with self._lock:
             return list(self._exports)
+
+    def all(self) -> list[Export]:
+        with self._lock:
+            return list(self._exports.values())
 
     def open(self, wanted: config.Export) -> Export:
         """Open an export; one of that name that is open is retired, and only if the new file is good."""
         image = open_image(wanted)
         with self._lock:
-            epoch = self._epochs[wanted.id] = self._epochs.get(wanted.id, 0) + 1
-            export = Export(wanted.id, image, wanted.media, epoch)
+            epoch = self._epochs.get(wanted.id, 0) + 1
+            try:
+                export = Export(wanted, image, epoch)
+            except BlockError:
+                image.close()
+                raise
+            self._epochs[wanted.id] = epoch
             old = self._exports.get(wanted.id)
             self._exports[wanted.id] = export
         if old is not None:
@@ -285,6 +329,4 @@ class ExportTable:
         return errors
 
     def describe(self) -> list[dict[str, Any]]:
-        with self._lock:
-            exports = list(self._exports.values())
-        return [export.describe() for export in exports]
+        return [export.describe() for export in self.all()]

@@ -12,6 +12,7 @@ Contract for every format
 from __future__ import annotations
 
 import abc
+import errno
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -66,6 +67,10 @@ class Image(abc.ABC):
     @abc.abstractmethod
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """What is allocated, in order from ``offset``, never past ``offset + length``."""
+
+    def resize(self, size: int) -> None:
+        """Give the disk another size; new bytes are zero. Not every format can."""
+        raise OSError(errno.EOPNOTSUPP, f"{self.format} images cannot be resized while they are open")
 
     @abc.abstractmethod
     def close(self) -> None:

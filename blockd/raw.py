@@ -130,6 +130,10 @@ class RawImage(Image):
                 return offset if whence == os.SEEK_DATA else end
             raise
 
+    def resize(self, size: int) -> None:
+        os.ftruncate(self._fd, size)
+        self._stored = self.size = size
+
     def close(self) -> None:
         os.close(self._fd)
 

@@ -3,27 +3,23 @@ by threads of their own (see nbd/server.py)."""
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import signal
-import socket
-import stat
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import zmq
 
 from blockd.export import ExportTable
+from blockd.nbd.handshake import Terms
+from blockd.nbd.listen import Listener, listen_tcp, listen_unix
+from blockd.identity import identify
 from blockd.nbd.server import Limits, Server
 from coordinator.contract import messages
 from coordinator.contract.errors import AtollError, BlockError, MessageError
 
 log = logging.getLogger(__name__)
-
-BACKLOG = 64
-_LONGEST_PATH = 107  # sun_path of unix(7), without its final zero
-
 
 class ControlSocket(Protocol):
     """The island's end of the control channel, as coordinator/contract/island.py has it."""
@@ -35,75 +31,43 @@ class ControlSocket(Protocol):
     def answer(self, command: messages.Command, value: Any = None, error: str | None = None) -> None: ...
 
 
-def listen_unix(path: str) -> socket.socket:
-    """A listening socket that only its owner can reach. What a dead process left at ``path`` is
-    replaced; BlockError when a living one listens there, or something else lies there."""
-    if len(os.fsencode(path)) > _LONGEST_PATH:
-        text = f"{path}: is too long for a socket (more than {_LONGEST_PATH} bytes)"
-        raise BlockError(text, errno.ENAMETOOLONG)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        os.fchmod(listener.fileno(), 0o600)  # before bind: there is no moment at which others could connect
-        if not _bind(listener, path):
-            _remove_stale(path)
-            if not _bind(listener, path):
-                raise BlockError(f"{path}: is in use by another process", errno.EADDRINUSE)
-        listener.listen(BACKLOG)
-        listener.setblocking(False)
-    except OSError as error:
-        listener.close()
-        reason = os.strerror(error.errno or 0)
-        raise BlockError(f"{path}: cannot listen: {reason}", error.errno or errno.EIO) from None
-    except BlockError:
-        listener.close()
-        raise
-    return listener
-
-
-def _bind(listener: socket.socket, path: str) -> bool:
-    """False when the path exists."""
-    try:
-        listener.bind(path)
-    except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            raise
-        return False
-    return True
-
-
-def _remove_stale(path: str) -> None:
-    """Remove a socket that nobody listens at any more."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            if stat.S_ISSOCK(os.lstat(path).st_mode):  # a plain file refuses, too
-                os.unlink(path)
-        except OSError as error:
-            if error.errno != errno.ENOENT:
-                raise
-
-
 class Service:
     """Exports, the sockets they are reached at, and the commands that change them."""
 
-    def __init__(self, limits: Limits | None = None) -> None:
+    def __init__(
+        self, limits: Limits | None = None, terms: Terms | None = None, persistent: bool = True
+    ) -> None:
+        """Without ``persistent`` the service ends when the last client leaves."""
         self.exports = ExportTable()
-        self._server = Server(self.exports, limits)
-        self._listeners: list[tuple[socket.socket, str]] = []
+        self._server = Server(self.exports, limits, terms, self._client_left)
+        self._persistent = persistent
+        self._listeners: list[Listener] = []
         self._quit = False
         self._errors: list[str] = []
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._commands: dict[type, Callable[[Any], Any]] = {
             messages.OpenExport: self._open_export,
             messages.CloseExport: self._close_export,
+            messages.ResizeExport: self._resize_export,
             messages.QueryExports: self._query_exports,
+            messages.IdentifyExport: self._identify,
             messages.Quit: self._end,
         }
 
     def listen(self, path: str) -> None:
         """Serve NBD at a UNIX socket, too."""
-        self._listeners.append((listen_unix(path), path))
+        self._listeners.append(listen_unix(path))
+
+    def listen_tcp(self, host: str, port: int) -> int:
+        """Serve NBD at a TCP port, too, at every address of ``host``; the port, which matters for 0."""
+        listeners = listen_tcp(host, port)
+        self._listeners += listeners
+        taken: int = listeners[0].sock.getsockname()[1]
+        return taken
+
+    def listen_at(self, listeners: list[Listener]) -> None:
+        """Serve NBD at sockets that listen already, too."""
+        self._listeners += listeners
 
     def end_on_signal(self, *numbers: int) -> None:
         """Let these signals end ``run`` in order. Only from the main thread."""
@@ -114,24 +78,24 @@ class Service:
     def stop(self) -> None:
         """Let ``run`` end in order; from any thread."""
         self._quit = True
-        os.write(self._wake_write, b"\0")
+        self._wake()
 
     def run(self, control: ControlSocket | None = None) -> None:
         """Serve until told to end; then finish requests, flush and close. Errors of the last flush are a
         BlockError."""
         poller = zmq.Poller()
         poller.register(self._wake_read, zmq.POLLIN)
-        for listener, _ in self._listeners:
-            poller.register(listener, zmq.POLLIN)
         if control is not None:
             poller.register(control.socket, zmq.POLLIN)
         while not self._quit:
+            for listener in self._listeners:  # those who would be too many wait in its queue
+                poller.register(listener.sock, 0 if self._server.full else zmq.POLLIN)
             ready = dict(poller.poll())
             if self._wake_read in ready:
                 os.read(self._wake_read, 64)
-            for listener, _ in self._listeners:
-                if listener.fileno() in ready:
-                    self._server.accept(listener)
+            for listener in self._listeners:
+                if listener.sock.fileno() in ready:
+                    self._server.accept(listener.sock)
             if control is not None:
                 # a ZeroMQ socket signals edges: take what is there, whatever woke us
                 self._obey(control)
@@ -140,15 +104,25 @@ class Service:
     def close(self) -> None:
         """End connections, retire exports, remove sockets; BlockError when a flush failed, also when that
         was in an earlier call."""
-        for listener, path in self._listeners:
+        for listener in self._listeners:
             listener.close()
-            if os.path.exists(path):
-                os.unlink(path)
         self._listeners.clear()
         self._server.end_all()
         self._errors += self.exports.close_all()
         if self._errors:
             raise BlockError("; ".join(self._errors))
+
+    def _client_left(self, negotiated: bool, last: bool) -> None:
+        """By the thread of a connection."""
+        if negotiated and last and not self._persistent:
+            self._quit = True
+        self._wake()
+
+    def _wake(self) -> None:
+        try:
+            os.write(self._wake_write, b"\0")
+        except BlockingIOError:
+            pass  # it has been woken often enough
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._quit = True
@@ -178,6 +152,21 @@ class Service:
 
     def _close_export(self, command: messages.CloseExport) -> None:
         self.exports.close(command.id)
+
+    def _resize_export(self, command: messages.ResizeExport) -> dict[str, Any]:
+        """Sessions that are there keep the size they were told; new ones see the new one."""
+        export = self.exports.named(command.id)
+        export.resize(command.size)
+        return export.describe()
+
+    def _identify(self, command: messages.IdentifyExport) -> dict[str, Any]:
+        """Which medium an export is."""
+        image = self.exports.named(command.id).image
+        try:
+            return identify(image)
+        except OSError as error:
+            text = f"{image.file}: cannot be read: {error.strerror or error}"
+            raise BlockError(text, error.errno or errno.EIO) from None
 
     def _query_exports(self, command: messages.QueryExports) -> list[dict[str, Any]]:
         return self.exports.describe()

@@ -7,14 +7,15 @@ socket: nothing it says may cost more than a bounded piece of memory and of time
 from __future__ import annotations
 
 import socket
+import ssl
 import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from blockd.export import Export, ExportTable
+from blockd.nbd.contexts import Context, select
 from coordinator.contract.nbd import (
-    BASE_ALLOCATION,
     CLIENT_FLAGS,
     EXPORT_NAME_REPLY,
     EXPORT_NAME_ZEROES,
@@ -39,8 +40,6 @@ from coordinator.contract.nbd import (
 MAX_OPTION = 64 << 10
 #: longer option data is skipped up to here, and then the connection is closed
 MAX_SKIPPED = 1 << 20
-#: the only metadata context there is; its number on the wire
-ALLOCATION_ID = 1
 
 _U16 = struct.Struct(">H")
 _U32 = struct.Struct(">I")
@@ -50,14 +49,26 @@ class Hangup(Exception):
     """The connection is over: the client went away, broke the protocol or was too slow."""
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What holds for every client of a server."""
+
+    #: with it nothing of an export is told or served in plain
+    tls: ssl.SSLContext | None = None
+    #: several clients may use an export at once
+    shared: bool = True
+
+
 @dataclass
 class Negotiated:
     """What the handshake agreed on."""
 
     export: Export
+    #: the socket to go on with: another one than came in where TLS has begun
+    sock: socket.socket
     structured: bool = False
-    #: numbers of the metadata contexts that were chosen for this export
-    contexts: tuple[int, ...] = ()
+    #: the metadata contexts that were chosen for this export
+    contexts: tuple[Context, ...] = ()
 
 
 @dataclass
@@ -65,18 +76,20 @@ class _Wishes:
     structured: bool = False
     no_zeroes: bool = False
     #: name of the export and the contexts chosen for it; a second choice replaces the first
-    contexts: tuple[str, tuple[int, ...]] = field(default=("", ()))
+    contexts: tuple[str, tuple[Context, ...]] = field(default=("", ()))
 
 
-def transmission_flags(export: Export, structured: bool) -> int:
-    """ "Transmission flags" of an export. Resize is not offered."""
+def transmission_flags(export: Export, structured: bool, shared: bool = True) -> int:
+    """ "Transmission flags" of an export. All connections share one image and its cache, so a flush on one
+    covers what was written on another. Resize is not offered."""
     flags = (
         TransmissionFlag.HAS_FLAGS
         | TransmissionFlag.SEND_FLUSH
         | TransmissionFlag.SEND_FUA
-        | TransmissionFlag.CAN_MULTI_CONN
         | TransmissionFlag.SEND_CACHE
     )
+    if shared:
+        flags |= TransmissionFlag.CAN_MULTI_CONN
     if export.image.read_only:
         flags |= TransmissionFlag.READ_ONLY
     else:
@@ -89,7 +102,9 @@ def transmission_flags(export: Export, structured: bool) -> int:
 
 
 class Handshake:
-    """One client's handshake. ``join`` lets its session into an export (False: it is going away)."""
+    """One client's handshake, which is over after ``seconds``. ``join`` lets its session into an export
+    (False: it is going away); ``replaced`` is told the socket that takes the place of ``sock`` when TLS
+    begins."""
 
     def __init__(
         self,
@@ -97,17 +112,24 @@ class Handshake:
         exports: ExportTable,
         join: Callable[[Export], bool],
         seconds: float,
+        terms: Terms,
+        replaced: Callable[[socket.socket], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._sock = sock
         self._exports = exports
         self._join = join
+        self._terms = terms
+        self._replaced = replaced
         self._clock = clock
         self._deadline = clock() + seconds
         self._wishes = _Wishes()
+        #: nothing but STARTTLS is answered yet
+        self._barred = terms.tls is not None
         self._options: dict[int, Callable[[int, bytes], Negotiated | None]] = {
             Option.ABORT: self._abort,
             Option.LIST: self._list,
+            Option.STARTTLS: self._start_tls,
             Option.INFO: self._info_or_go,
             Option.GO: self._info_or_go,
             Option.STRUCTURED_REPLY: self._structured_reply,
@@ -141,6 +163,9 @@ class Handshake:
             self._reply_error(option, OptionReply.ERR_TOO_BIG, f"option data of {length} bytes")
             return None
         data = self._receive(length)
+        if self._barred and option not in (Option.STARTTLS, Option.ABORT):
+            self._reply_error(option, OptionReply.ERR_TLS_REQD, "this server insists on TLS")
+            return None
         handler = self._options.get(option)
         if handler is None:
             self._reply_error(option, OptionReply.ERR_UNSUP, "this option is not known here")
@@ -150,13 +175,16 @@ class Handshake:
     # ---- options ---------------------------------------------------------------------------------
     def _export_name(self, length: int) -> Negotiated:
         """NBD_OPT_EXPORT_NAME has no error reply: the connection is closed instead."""
+        if self._barred:
+            raise Hangup("the client wants an export without TLS")
         if length > MAX_STRING:
             raise Hangup(f"export name of {length} bytes")
         export = self._exports.find(_text(self._receive(length)))
         if export is None or not self._join(export):
             raise Hangup("no such export")
         structured = self._wishes.structured
-        reply = EXPORT_NAME_REPLY.pack(export.image.size, transmission_flags(export, structured))
+        flags = transmission_flags(export, structured, self._terms.shared)
+        reply = EXPORT_NAME_REPLY.pack(export.image.size, flags)
         self._send(reply if self._wishes.no_zeroes else reply + bytes(EXPORT_NAME_ZEROES))
         return self._agreed(export)
 
@@ -168,10 +196,31 @@ class Handshake:
         if data:
             self._reply_error(option, OptionReply.ERR_INVALID, "NBD_OPT_LIST has no data")
             return
-        for name in self._exports.names():
-            text = name.encode()
-            self._reply(option, OptionReply.SERVER, _U32.pack(len(text)) + text)
+        for export in self._exports.all():
+            name = export.name.encode()
+            self._reply(option, OptionReply.SERVER, _U32.pack(len(name)) + name + export.description.encode())
         self._reply(option, OptionReply.ACK)
+
+    def _start_tls(self, option: int, data: bytes) -> None:
+        """ "NBD_OPT_STARTTLS". Nothing is read ahead, so what a client (or somebody between it and us) has
+        sent in plain behind this option can only be taken for TLS, and is none."""
+        if data:
+            self._reply_error(option, OptionReply.ERR_INVALID, "NBD_OPT_STARTTLS has no data")
+        elif self._terms.tls is None:
+            self._reply_error(option, OptionReply.ERR_POLICY, "TLS is not configured here")
+        elif not self._barred:
+            self._reply_error(option, OptionReply.ERR_INVALID, "TLS is in use already")
+        else:
+            self._reply(option, OptionReply.ACK)
+            secured = self._terms.tls.wrap_socket(self._sock, server_side=True, do_handshake_on_connect=False)
+            self._sock = secured
+            self._replaced(secured)
+            secured.settimeout(self._time_left())
+            try:
+                secured.do_handshake()
+            except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+                raise Hangup(f"TLS: {error}") from None
+            self._barred = False
 
     def _info_or_go(self, option: int, data: bytes) -> Negotiated | None:
         wish = _parse_info(data)
@@ -183,13 +232,13 @@ class Handshake:
         if export is None or (option == Option.GO and not self._join(export)):
             self._reply_error(option, OptionReply.ERR_UNKNOWN, "no such export")
             return None
-        flags = transmission_flags(export, self._wishes.structured)
+        flags = transmission_flags(export, self._wishes.structured, self._terms.shared)
         self._reply(option, OptionReply.INFO, INFO_EXPORT.pack(Info.EXPORT, export.image.size, flags))
         if Info.NAME in wanted:
             self._reply(option, OptionReply.INFO, _U16.pack(Info.NAME) + export.name.encode())
         if Info.DESCRIPTION in wanted:
-            text = f"{export.media.value}, {export.image.format}"
-            self._reply(option, OptionReply.INFO, _U16.pack(Info.DESCRIPTION) + text.encode())
+            text = export.description.encode()
+            self._reply(option, OptionReply.INFO, _U16.pack(Info.DESCRIPTION) + text)
         sizes = INFO_BLOCK_SIZE.pack(Info.BLOCK_SIZE, 1, 4096, MAX_PAYLOAD)
         self._reply(option, OptionReply.INFO, sizes)
         self._reply(option, OptionReply.ACK)
@@ -203,7 +252,7 @@ class Handshake:
         self._reply(option, OptionReply.ACK)
 
     def _meta_context(self, option: int, data: bytes) -> None:
-        """ "Metadata querying": base:allocation is the only context."""
+        """ "Metadata querying" """
         setting = option == Option.SET_META_CONTEXT
         if setting:
             self._wishes.contexts = ("", ())
@@ -219,18 +268,19 @@ class Handshake:
         if export is None:
             self._reply_error(option, OptionReply.ERR_UNKNOWN, "no such export")
             return
-        # a list without queries asks for everything, and so does the namespace alone
-        matching = {BASE_ALLOCATION} if setting else {BASE_ALLOCATION, "base:"}
-        if matching & set(queries) or not (setting or queries):
-            number = ALLOCATION_ID if setting else 0
-            self._reply(option, OptionReply.META_CONTEXT, _U32.pack(number) + BASE_ALLOCATION.encode())
-            if setting:
-                self._wishes.contexts = (export.name, (ALLOCATION_ID,))
+        chosen = select(export.contexts, queries, setting)
+        for context in chosen:
+            number = _U32.pack(context.number if setting else 0)
+            self._reply(option, OptionReply.META_CONTEXT, number + context.name.encode())
+        if setting:
+            self._wishes.contexts = (export.name, tuple(chosen))
         self._reply(option, OptionReply.ACK)
 
     def _agreed(self, export: Export) -> Negotiated:
         name, contexts = self._wishes.contexts
-        return Negotiated(export, self._wishes.structured, contexts if name == export.name else ())
+        # an export of another medium has other contexts, under the same name
+        chosen = tuple(one for one in contexts if name == export.name and one in export.contexts)
+        return Negotiated(export, self._sock, self._wishes.structured, chosen)
 
     # ---- the wire --------------------------------------------------------------------------------
     def _reply(self, option: int, kind: int, data: bytes = b"") -> None:

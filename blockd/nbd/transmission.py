@@ -10,13 +10,13 @@ Read data goes from the image straight behind its reply header in the buffer tha
 
 from __future__ import annotations
 
-import socket
 import struct
 from collections.abc import Callable
+from itertools import islice
 
 from blockd.export import Counters
 from blockd.image import Image
-from blockd.nbd.handshake import ALLOCATION_ID, Hangup, Negotiated
+from blockd.nbd.handshake import Hangup, Negotiated
 from coordinator.contract import nbd
 from coordinator.contract.nbd import (
     CHUNK,
@@ -26,8 +26,6 @@ from coordinator.contract.nbd import (
     REQUEST_MAGIC,
     SIMPLE_REPLY,
     SIMPLE_REPLY_MAGIC,
-    STATE_HOLE,
-    STATE_ZERO,
     STRUCTURED_REPLY_MAGIC,
     ChunkType,
     Command,
@@ -66,12 +64,13 @@ _ANY = int(CommandFlag.FUA)
 class Transmission:
     """The transmission phase of one connection."""
 
-    def __init__(self, sock: socket.socket, agreed: Negotiated, counters: Counters) -> None:
-        self._sock = sock
+    def __init__(self, agreed: Negotiated, counters: Counters) -> None:
+        self._sock = agreed.sock
         self._image: Image = agreed.export.image
         self._size = self._image.size
         self._structured = agreed.structured
         self._contexts = agreed.contexts
+        self._discard = agreed.export.discard
         self._counters = counters
         #: set by another thread: no further request is begun
         self.stopping = False
@@ -204,7 +203,8 @@ class Transmission:
         if length and not error:
             self._counters.zeroes += 1
             try:
-                self._image.trim(offset, length)
+                if self._discard:
+                    self._image.trim(offset, length)
                 if flags & CommandFlag.FUA:
                     self._image.flush()
             except OSError as failure:
@@ -224,7 +224,7 @@ class Transmission:
         error = self._refusal(Command.WRITE_ZEROES, flags, offset, length, past_end=nbd.ENOSPC)
         if length and not error:
             self._counters.zeroes += 1
-            unmap = not flags & CommandFlag.NO_HOLE
+            unmap = self._discard and not flags & CommandFlag.NO_HOLE
             fast = bool(flags & CommandFlag.FAST_ZERO)
             try:
                 self._image.write_zeroes(offset, length, unmap, fast, bool(flags & CommandFlag.FUA))
@@ -234,23 +234,21 @@ class Transmission:
 
     def _block_status(self, flags: int, cookie: int, offset: int, length: int) -> None:
         error = self._refusal(Command.BLOCK_STATUS, flags, offset, length)
-        if ALLOCATION_ID not in self._contexts or not length:
+        if not self._contexts or not length:
             error = nbd.EINVAL
         if error:
             self._reply(cookie, error)
             return
         limit = 1 if flags & CommandFlag.REQ_ONE else MAX_EXTENTS
-        body = bytearray(_CONTEXT.pack(ALLOCATION_ID))
         try:
-            for number, extent in enumerate(self._image.extents(offset, length), start=1):
-                state = (STATE_HOLE if extent.hole else 0) | (STATE_ZERO if extent.zero else 0)
-                body += _EXTENT.pack(extent.length, state)
-                if number == limit:
-                    break
+            for context in self._contexts:
+                body = bytearray(_CONTEXT.pack(context.number))
+                for extent in islice(context.status(offset, length), limit):
+                    body += _EXTENT.pack(*extent)
+                last = context is self._contexts[-1]
+                self._put_chunk(ChunkType.BLOCK_STATUS, cookie, body, CHUNK_DONE if last else 0)
         except OSError as failure:
             self._reply(cookie, nbd.wire_error(failure.errno))
-            return
-        self._put_chunk(ChunkType.BLOCK_STATUS, cookie, body)
 
     # ---- replies ---------------------------------------------------------------------------------
     def _refusal(
@@ -279,13 +277,13 @@ class Transmission:
         else:
             self._put_chunk(ChunkType.NONE, cookie, b"")
 
-    def _put_chunk(self, kind: int, cookie: int, body: bytes | bytearray) -> None:
-        """A reply of one chunk."""
+    def _put_chunk(self, kind: int, cookie: int, body: bytes | bytearray, flags: int = CHUNK_DONE) -> None:
+        """A chunk of a reply, the only or last one unless ``flags`` says otherwise."""
         total = CHUNK.size + len(body)
         if self._ready + total > OUTPUT:
             self._send()
         at = self._ready
-        CHUNK.pack_into(self._out, at, STRUCTURED_REPLY_MAGIC, CHUNK_DONE, kind, cookie, len(body))
+        CHUNK.pack_into(self._out, at, STRUCTURED_REPLY_MAGIC, flags, kind, cookie, len(body))
         self._out[at + CHUNK.size : at + total] = body
         self._ready = at + total
 

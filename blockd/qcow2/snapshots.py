@@ -6,6 +6,7 @@ Source: "Qcow2 Image File Format", section "Snapshots".
 from __future__ import annotations
 
 import errno
+import re
 import struct
 from dataclasses import dataclass
 
@@ -112,10 +113,12 @@ def load(host: HostFile, header: Header) -> list[Snapshot]:
 
 
 def find(file: str, known: list[Snapshot], wanted: str) -> Snapshot:
-    """By id, else by name; BlockError when there is none."""
-    for attribute in ("id", "name"):
+    """By id, else by name, or by what is said outright: "snapshot.id=ID,snapshot.name=NAME" or one of the
+    two. BlockError when there is none."""
+    outright = dict(re.findall(r"(?:^|,)snapshot\.(id|name)=([^,]*)", wanted))
+    for wish in [outright] if outright else [{"id": wanted}, {"name": wanted}]:
         for snapshot in known:
-            if getattr(snapshot, attribute) == wanted:
+            if all(getattr(snapshot, attribute) == value for attribute, value in wish.items()):
                 return snapshot
     raise BlockError(f"{file}: there is no snapshot {wanted!r}", errno.ENOENT)
 

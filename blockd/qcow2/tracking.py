@@ -88,7 +88,7 @@ class Tracker:
     def _begin(self) -> list[_Tracked]:
         result = []
         for bitmap in self._following:
-            if self._can_follow(bitmap):
+            if self.can_follow(bitmap):
                 result.append(_Tracked(self._image, bitmap))
             else:
                 log.warning("%s: bitmap %s cannot be kept up to date", self._image.file, bitmap.name)
@@ -96,12 +96,20 @@ class Tracker:
         self._image.host.sync()
         return result
 
-    def _can_follow(self, bitmap: Bitmap) -> bool:
+    def can_follow(self, bitmap: Bitmap) -> bool:
+        """Is it consistent, and small enough for memory?"""
         header = self._image.header
         bits = -(-header.size >> bitmap.granularity_bits)
         entries = -(-bits // (header.cluster_size * 8))
         usable = bitmap.known and not bitmap.flags & IN_USE and 9 <= bitmap.granularity_bits <= 31
         return usable and entries == bitmap.table_size and bits <= MOST_BITS
+
+    def live(self, name: str) -> npt.NDArray[np.bool_] | None:
+        """The bits of a bitmap since the first write; None before it, when those in the file are true."""
+        for tracked in self._tracked or ():
+            if tracked.bitmap.name == name:
+                return tracked.bits
+        return None
 
     def store(self) -> None:
         """Make the bitmaps in the file those in memory; OSError leaves them marked."""
