@@ -58,7 +58,9 @@ def qcow2_options(disk_size: int, given: dict[str, str]) -> tuple[Options, str]:
             options.data_file_raw = _flag(name, value)
         elif name == "size":
             options.size = common.size(value)
-        elif name in ("extended_l2", "nocow") and not _flag(name, value):
+        elif name == "extended_l2":
+            options.extended_l2 = _flag(name, value)
+        elif name == "nocow" and not _flag(name, value):
             continue
         else:
             raise BlockError(f"option {name}={value} is not supported", errno.ENOTSUP)
@@ -158,8 +160,13 @@ def preallocate(file: str, how: str, start: int = 0) -> None:
         image.close()
 
 
+def _on(flag: bool) -> str:
+    return "on" if flag else "off"
+
+
 def _formatting(file: str, options: Options, preallocation: str) -> str:
-    parts = [f"Formatting '{file}', fmt=qcow2", f"cluster_size={options.cluster_size}", "extended_l2=off"]
+    parts = [f"Formatting '{file}', fmt=qcow2", f"cluster_size={options.cluster_size}"]
+    parts.append(f"extended_l2={_on(options.extended_l2)}")
     if preallocation != "off":
         parts.append(f"preallocation={preallocation}")
     if options.version == 2:
@@ -171,6 +178,6 @@ def _formatting(file: str, options: Options, preallocation: str) -> str:
     if options.backing_file is not None:
         parts.append(f"backing_file={options.backing_file}")
         parts.append(f"backing_fmt={options.backing_format}")
-    parts.append(f"lazy_refcounts={'on' if options.lazy_refcounts else 'off'}")
+    parts.append(f"lazy_refcounts={_on(options.lazy_refcounts)}")
     parts.append(f"refcount_bits={options.refcount_bits}")
     return " ".join(parts)

@@ -65,16 +65,18 @@ def entries_of(image: Image, start: int, length: int, depth: int = 0) -> Iterato
         elif kind == PACKED:
             yield Entry(at, size, depth, True, False, True, None, image.file)
         elif kind != UNALLOCATED:
-            offset = where & OFFSET
-            yield Entry(at, size, depth, True, True, False, offset or None, image.file if offset else None)
-        elif image.backing is None:
-            yield Entry(at, size, depth, False, True, False, None, None)
+            place = where & OFFSET
+            yield Entry(at, size, depth, True, True, False, place or None, image.file if place else None)
         else:
-            inside = max(0, min(size, image.backing.size - at))
-            if inside:
-                yield from entries_of(image.backing, at, inside, depth + 1)
+            below = image.backing
+            inside = 0 if below is None else max(0, min(size, below.size - at))
+            if below is not None and inside:
+                yield from entries_of(below, at, inside, depth + 1)
             if inside < size:
-                yield Entry(at + inside, size - inside, depth, False, True, False, None, None)
+                # subclusters that are not allocated may have a place, too
+                place = (where & OFFSET) + inside if where & OFFSET else 0
+                file = image.file if place else None
+                yield Entry(at + inside, size - inside, depth, False, True, False, place or None, file)
 
 
 def _merged(entries: Iterator[Entry]) -> Iterator[Entry]:

@@ -17,6 +17,7 @@ from blockd.qcow2.header import (
     MAX_CLUSTER_BITS,
     MAX_L1_BYTES,
     MIN_CLUSTER_BITS,
+    MIN_EXTENDED_BITS,
     NEW_LENGTH,
     Autoclear,
     Compatible,
@@ -38,6 +39,7 @@ class Options:
     cluster_size: int = 65536
     refcount_bits: int = 16
     lazy_refcounts: bool = False
+    extended_l2: bool = False
     compression: str = "zlib"
     backing_file: str | None = None
     backing_format: str | None = None
@@ -51,12 +53,12 @@ class Options:
             raise BlockError("cluster_size must be a power of two between 512 and 2M", errno.EINVAL)
         if self.refcount_bits not in (1, 2, 4, 8, 16, 32, 64):
             raise BlockError("refcount_bits must be a power of two and at most 64", errno.EINVAL)
-        if self.version == 2 and (
-            self.refcount_bits != 16 or self.lazy_refcounts or self.compression != "zlib"
-        ):
-            raise BlockError(
-                "compat=0.10 has neither refcount_bits, lazy_refcounts nor compression_type", errno.EINVAL
-            )
+        newer = self.refcount_bits != 16 or self.lazy_refcounts or self.extended_l2
+        if self.version == 2 and (newer or self.compression != "zlib"):
+            text = "compat=0.10 has neither refcount_bits, lazy_refcounts, extended_l2 nor compression_type"
+            raise BlockError(text, errno.EINVAL)
+        if self.extended_l2 and bits < MIN_EXTENDED_BITS:
+            raise BlockError("extended_l2 needs a cluster_size of at least 16k", errno.EINVAL)
         if self.compression not in ("zlib", "zstd"):
             raise BlockError(
                 f"compression_type {self.compression!r} is unknown (zlib and zstd are known)", errno.EINVAL
@@ -98,13 +100,14 @@ def _header(options: Options) -> Header:
         options.version, options.cluster_size.bit_length() - 1, size=-(-options.size // 512) * 512
     )
     header.refcount_order = options.refcount_bits.bit_length() - 1
+    header.incompatible = int(Incompatible.EXTENDED_L2) if options.extended_l2 else 0
     header.l1_size = max(1, header.l1_entries_for(header.size))
     if options.version >= 3:
         header.header_length = NEW_LENGTH
         header.compatible = int(Compatible.LAZY_REFCOUNTS) if options.lazy_refcounts else 0
         if options.compression == "zstd":
             header.compression_type = 1
-            header.incompatible = int(Incompatible.COMPRESSION)
+            header.incompatible |= int(Incompatible.COMPRESSION)
         if header.cluster_size >= 1024:
             header.set_extension(ExtensionType.FEATURE_NAMES, feature_table())
     if options.data_file is not None:

@@ -35,6 +35,8 @@ SIZE_AT, SNAPSHOTS_AT = 24, 60
 FEATURES_AT = 72
 
 MIN_CLUSTER_BITS, MAX_CLUSTER_BITS = 9, 21
+#: with extended L2 entries: 32 subclusters, each at least a sector
+MIN_EXTENDED_BITS = 14
 MAX_REFCOUNT_ORDER = 6
 MAX_L1_BYTES = 32 << 20
 MAX_REFCOUNT_TABLE = 8 << 20
@@ -83,7 +85,13 @@ FEATURE_NAMES = {
     (2, 0): "bitmaps",
     (2, 1): "raw external data",
 }
-_SUPPORTED = Incompatible.DIRTY | Incompatible.CORRUPT | Incompatible.DATA_FILE | Incompatible.COMPRESSION
+_SUPPORTED = (
+    Incompatible.DIRTY
+    | Incompatible.CORRUPT
+    | Incompatible.DATA_FILE
+    | Incompatible.COMPRESSION
+    | Incompatible.EXTENDED_L2
+)
 
 
 class Refusal(Protocol):
@@ -143,9 +151,19 @@ class Header:
     def compression(self) -> str:
         return COMPRESSION[self.compression_type]
 
+    @property
+    def extended(self) -> bool:
+        """Are L2 entries 16 bytes long, with a bitmap of subclusters?"""
+        return bool(self.incompatible & Incompatible.EXTENDED_L2)
+
+    @property
+    def l2_bits(self) -> int:
+        """An L2 table has 1 << l2_bits entries."""
+        return self.cluster_bits - (4 if self.extended else 3)
+
     def l1_entries_for(self, size: int) -> int:
         """Entries of the L1 table that a disk of that size needs."""
-        covered_bits = 2 * self.cluster_bits - 3
+        covered_bits = self.cluster_bits + self.l2_bits
         return (size + (1 << covered_bits) - 1) >> covered_bits
 
     def tables(self) -> bytes:
@@ -299,6 +317,9 @@ def _check_features(header: Header, first: bytes, writing: bool, refuse: Refusal
         raise refuse("compression type and its feature bit contradict each other")
     if header.compression_type not in COMPRESSION:
         raise refuse(f"compression type {header.compression_type} is not supported", errno.ENOTSUP)
+    if header.extended and header.cluster_bits < MIN_EXTENDED_BITS:
+        text = f"has extended L2 entries with clusters of {header.cluster_size} bytes; 16 KiB is the least"
+        raise refuse(text)
     raw = bool(header.autoclear & Autoclear.RAW_DATA_FILE)
     if raw and not header.incompatible & Incompatible.DATA_FILE:
         raise refuse("is marked as raw external data, but has no external data file")

@@ -19,8 +19,9 @@ import numpy as np
 from blockd.hostfile import HostFile
 from blockd.image import Buffer, Extent, Image
 from blockd.locks import lock_image
-from blockd.qcow2 import backing, header, snapshots
+from blockd.qcow2 import backing, header, operations, snapshots
 from blockd.qcow2.compression import decompress
+from blockd.qcow2.extended import ExtendedMapping, ExtendedWriter
 from blockd.qcow2.header import Autoclear, ExtensionType, Header, Incompatible
 from blockd.qcow2.refcounts import Clusters, Refcounts
 from blockd.qcow2.tables import DATA, OFFSET, PACKED, UNALLOCATED, ZEROES, Mapping
@@ -79,7 +80,8 @@ class Qcow2Image(Image):
                 snapshots.view(self.host, self.header, snapshot)
             self.size = self.header.size
             self.refcounts = Refcounts(self.host, self.header)
-            self.mapping = Mapping(self.host, self.header, self.refcounts)
+            tables = ExtendedMapping if self.header.extended else Mapping
+            self.mapping = tables(self.host, self.header, self.refcounts)
             if self.header.incompatible & Incompatible.DATA_FILE:
                 self.data = self._open_data(chain, open_file, locked)
             below = chain.below(file, self.host.identity())
@@ -104,7 +106,7 @@ class Qcow2Image(Image):
         self._bits = self.header.cluster_bits
         self._mask = self.header.cluster_size - 1
         self._per_table = self.mapping.layout.l2_bits
-        self._writer = Writer(self)
+        self._writer = ExtendedWriter(self) if self.header.extended else Writer(self)
         self.tracker: Tracker | None = None
         if not read_only and not repair:
             try:
@@ -207,6 +209,8 @@ class Qcow2Image(Image):
 
     def _locate(self, offset: int, length: int) -> list[Piece]:
         """Where a range lies. The lock is held."""
+        if isinstance(self.mapping, ExtendedMapping):
+            return self.mapping.locate(offset, length)
         bits, mask = self._bits, self._mask
         cluster = offset >> bits
         inside = offset & mask
@@ -332,6 +336,9 @@ class Qcow2Image(Image):
     def preallocate(self, offset: int, length: int) -> None:
         """Give every cluster of a range its place; what is not there yet reads as zeroes."""
         self._writer.preallocate(offset, length)
+
+    def resize(self, size: int) -> None:
+        operations.resize(self, size)
 
     def condemn(self, clusters: Clusters) -> None:
         """Clusters to count down (sorted) after the next flush; with the lock held."""

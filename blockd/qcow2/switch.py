@@ -18,7 +18,8 @@ import numpy.typing as npt
 from blockd.qcow2.header import MAX_L1_BYTES, MAX_REFCOUNT_TABLE, write_tables
 from blockd.qcow2.refcounts import encode, runs_of
 from blockd.qcow2.snapshots import Snapshot
-from blockd.qcow2.tables import COMPRESSED, COPIED, OFFSET, Entries
+from blockd.qcow2.subclusters import mended
+from blockd.qcow2.tables import COMPRESSED, COPIED, OFFSET, Entries, L2Table
 from blockd.qcow2.walk import Walk, impossible, mark_fixed, mark_snapshot, mark_tree, tables_of, valid_tables
 
 if TYPE_CHECKING:
@@ -121,7 +122,8 @@ def _copy_tables(
 ) -> npt.NDArray[np.uint64]:
     """Copy the L2 tables whose entries change, and let ``l1`` point to the copies."""
     layout, bits = image.mapping.layout, image.header.cluster_bits
-    for index, offset, entries in tables_of(image, l1):
+    for index, table in tables_of(image, l1):
+        entries = table.entries
         new = np.where(impossible(entries, layout), np.uint64(0), entries)
         standard = new & _COMPRESSED == 0
         clusters = ((new & _OFFSET) >> np.uint64(bits)).astype(np.int64)
@@ -134,11 +136,12 @@ def _copy_tables(
             inside[:] = False
         own = np.flatnonzero(inside)
         new[own[counts[clusters[own]] == 1]] |= _COPIED
-        if (new == entries).all():
+        copy = mended(L2Table(0, new, table.bitmaps), layout)
+        if (new == entries).all() and (copy.bitmaps == table.bitmaps).all():
             continue
         at = space.take(1)
-        image.host.write(at << bits, new.astype(">u8").tobytes())
-        counts[offset >> bits] -= np.uint64(1)
+        image.host.write(at << bits, copy.encode())
+        counts[table.offset >> bits] -= np.uint64(1)
         l1[index] = at << bits
     return counts
 

@@ -36,7 +36,7 @@ UNALLOCATED, ZEROES, DATA, PACKED = range(4)
 CACHE_BYTES = 32 << 20
 
 _COPIED, _COMPRESSED, _ZERO = np.uint64(COPIED), np.uint64(COMPRESSED), np.uint64(ZERO)
-_OFFSET, _L1_RESERVED, _L2_RESERVED = np.uint64(OFFSET), np.uint64(L1_RESERVED), np.uint64(L2_RESERVED)
+_OFFSET = np.uint64(OFFSET)
 
 
 class Run(NamedTuple):
@@ -50,14 +50,31 @@ class Run(NamedTuple):
 
 
 class L2Table:
-    """One L2 table in memory: as an array, and as a view of it that is quick for single entries."""
+    """One L2 table in memory: as an array, and as a view of it that is quick for single entries. Extended
+    entries have a bitmap each: see subclusters.py."""
 
-    __slots__ = ("entries", "offset", "view")
+    __slots__ = ("bitmap_view", "bitmaps", "entries", "offset", "view")
 
-    def __init__(self, offset: int, entries: Entries) -> None:
+    def __init__(self, offset: int, entries: Entries, bitmaps: Entries | None = None) -> None:
         self.offset = offset
         self.entries = entries
         self.view = memoryview(entries)  # type: ignore[arg-type]
+        #: empty where entries are not extended
+        self.bitmaps: Entries = np.zeros(0, np.uint64) if bitmaps is None else bitmaps
+        self.bitmap_view = memoryview(self.bitmaps)  # type: ignore[arg-type]
+
+    def encode(self) -> bytes:
+        """As it is on the disk."""
+        return encode(self.entries, self.bitmaps if len(self.bitmaps) else None)
+
+
+def encode(entries: Entries, bitmaps: Entries | None = None) -> bytes:
+    """Entries as they are on the disk: each followed by its bitmap where they are extended."""
+    if bitmaps is None:
+        return entries.astype(">u8").tobytes()
+    both = np.empty(2 * len(entries), ">u8")
+    both[::2], both[1::2] = entries, bitmaps
+    return both.tobytes()
 
 
 def kinds(entries: Entries, layout: Layout) -> npt.NDArray[np.int8]:
@@ -76,8 +93,11 @@ class Layout:
         self.bits = header.cluster_bits
         self.size = header.cluster_size
         self.version = header.version
-        self.l2_bits = header.cluster_bits - 3
+        self.extended = header.extended
+        self.l2_bits = header.l2_bits
         self.l2_entries = 1 << self.l2_bits
+        #: bits that must be 0 in the entry of a standard cluster
+        self.l2_reserved = np.uint64(L2_RESERVED | ZERO if self.extended else L2_RESERVED)
         # "Compressed Clusters Descriptor"
         self.packed_shift = 62 - (header.cluster_bits - 8)
         self.packed_offset_mask = (1 << self.packed_shift) - 1
@@ -86,6 +106,17 @@ class Layout:
         self.external = bool(header.incompatible & Incompatible.DATA_FILE)
         #: any of these bits makes a standard cluster an allocated one
         self.allocated = OFFSET | COPIED if self.external else OFFSET
+
+    def decode(self, offset: int, raw: bytes) -> L2Table:
+        """The L2 table at ``offset`` from its bytes."""
+        numbers = np.frombuffer(raw, ">u8").astype(np.uint64)
+        if not self.extended:
+            return L2Table(offset, numbers)
+        return L2Table(offset, numbers[::2].copy(), numbers[1::2].copy())
+
+    def empty(self, offset: int) -> L2Table:
+        """An L2 table with nothing in it."""
+        return self.decode(offset, bytes(self.size))
 
     def packed(self, entry: int) -> tuple[int, int]:
         """(host offset, bytes that may belong to it) of a compressed cluster."""
@@ -152,8 +183,7 @@ class Mapping:
             or self._points_at_tables(np.array([offset], np.uint64))
         ):
             raise self._damaged(f"L1 entry {index} ({entry:#018x}) is not possible")
-        raw = self._file.read(offset, self.layout.size)
-        table = L2Table(offset, np.frombuffer(raw, ">u8").astype(np.uint64))
+        table = self.layout.decode(offset, self._file.read(offset, self.layout.size))
         self._check(index, table)
         self._keep(index, table)
         return table
@@ -171,7 +201,7 @@ class Mapping:
             return
         standard = entries[entries & _COMPRESSED == 0]
         offsets = standard & _OFFSET
-        bad = (offsets & np.uint64(self.layout.size - 1) != 0) | (standard & _L2_RESERVED != 0)
+        bad = (offsets & np.uint64(self.layout.size - 1) != 0) | (standard & self.layout.l2_reserved != 0)
         if self.layout.version < 3:
             bad |= standard & _ZERO != 0
         bad |= (offsets == 0) & (standard & _COPIED != 0)
@@ -188,7 +218,7 @@ class Mapping:
         guest = np.arange(index << self.layout.l2_bits, (index + 1) << self.layout.l2_bits, dtype=np.uint64)
         allocated = entries & np.uint64(OFFSET | COPIED) != 0
         wrong = allocated & ((entries & _OFFSET) != guest << np.uint64(self.layout.bits))
-        bad = wrong | (entries & _COMPRESSED != 0) | (entries & _L2_RESERVED != 0)
+        bad = wrong | (entries & _COMPRESSED != 0) | (entries & self.layout.l2_reserved != 0)
         if bad.any():
             raise self._damaged(f"L2 table {index} has the impossible entry {int(entries[bad][0]):#018x}")
 
@@ -246,11 +276,11 @@ class Mapping:
             return old, None
         cluster, _ = self._refcounts.take(1)
         offset = cluster << self.layout.bits
-        if old is None:
-            entries = np.zeros(self.layout.l2_entries, np.uint64)
-        else:
-            entries = old.entries & ~_COPIED
-            self._file.write(offset, entries.astype(">u8").tobytes())
+        table = self.layout.empty(offset)
+        if old is not None:
+            table.entries[:] = old.entries & ~_COPIED
+            table.bitmaps[:] = old.bitmaps
+            self._file.write(offset, table.encode())
             self._file.sync()
         at = self._header.l1_table_offset + 8 * index
         try:
@@ -260,7 +290,6 @@ class Mapping:
             self.l1[index] = int.from_bytes(self._file.read(at, 8), "big")
             raise
         self.l1[index] = offset | COPIED
-        table = L2Table(offset, entries)
         self._keep(index, table)
         return table, None if old is None else old.offset >> self.layout.bits
 

@@ -15,14 +15,15 @@ import numpy.typing as npt
 from blockd.qcow2 import snapshots
 from blockd.qcow2.bitmaps import bitmap_clusters
 from blockd.qcow2.header import Autoclear
+from blockd.qcow2.subclusters import impossible_bitmaps
 from blockd.qcow2.tables import (
     COMPRESSED,
     COPIED,
     L1_RESERVED,
-    L2_RESERVED,
     OFFSET,
     ZERO,
     Entries,
+    L2Table,
     Layout,
 )
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 Numbers = npt.NDArray[np.uint64]
 _COPIED, _COMPRESSED, _OFFSET = np.uint64(COPIED), np.uint64(COMPRESSED), np.uint64(OFFSET)
-_ZERO, _L1_RESERVED, _L2_RESERVED = np.uint64(ZERO), np.uint64(L1_RESERVED), np.uint64(L2_RESERVED)
+_ZERO, _L1_RESERVED = np.uint64(ZERO), np.uint64(L1_RESERVED)
 
 
 @dataclass
@@ -71,7 +72,7 @@ def valid_tables(l1: Entries, layout: Layout) -> npt.NDArray[np.bool_]:
 def impossible(entries: Entries, layout: Layout) -> npt.NDArray[np.bool_]:
     """Entries of an L2 table that cannot be."""
     offsets = entries & _OFFSET
-    bad = (offsets & np.uint64(layout.size - 1) != 0) | (entries & _L2_RESERVED != 0)
+    bad = (offsets & np.uint64(layout.size - 1) != 0) | (entries & layout.l2_reserved != 0)
     if not layout.external:
         bad |= (offsets == 0) & (entries & _COPIED != 0)
     if layout.version < 3:
@@ -79,15 +80,14 @@ def impossible(entries: Entries, layout: Layout) -> npt.NDArray[np.bool_]:
     return bad & (entries & _COMPRESSED == 0)
 
 
-def tables_of(image: Qcow2Image, l1: Entries) -> Iterator[tuple[int, int, Entries]]:
-    """(L1 index, offset, entries) of each L2 table of an L1 table that lies in the file."""
+def tables_of(image: Qcow2Image, l1: Entries) -> Iterator[tuple[int, L2Table]]:
+    """(L1 index, L2 table) of each L2 table of an L1 table that lies in the file."""
     layout = image.mapping.layout
     size = image.host.size()
     for index in np.flatnonzero(valid_tables(l1, layout)).tolist():
         offset = int(l1[index]) & OFFSET
         if offset < size:
-            raw = image.host.read(offset, layout.size)
-            yield index, offset, np.frombuffer(raw, ">u8").astype(np.uint64)
+            yield index, layout.decode(offset, image.host.read(offset, layout.size))
 
 
 def read_l1(image: Qcow2Image, offset: int, entries: int) -> Entries:
@@ -103,11 +103,17 @@ def mark_tree(walk: Walk, image: Qcow2Image, l1: Entries, what: str, active: boo
         walk.errors.append(f"{what}: L1 entry {index} ({int(l1[index]):#018x}) is not possible")
     walk.mark(((l1[valid] & _OFFSET) >> np.uint64(layout.bits)).astype(np.int64), f"{what}: L1 table")
     next_offset = 0
-    for index, _, entries in tables_of(image, l1):
+    for index, table in tables_of(image, l1):
+        entries = table.entries
         bad = impossible(entries, layout)
         if bad.any():
             walk.errors.append(f"{what}: L2 table {index} has {int(bad.sum())} impossible entries")
             entries = np.where(bad, np.uint64(0), entries)
+        bad_bitmaps = impossible_bitmaps(table, layout)
+        if bad_bitmaps.any():
+            walk.errors.append(
+                f"{what}: L2 table {index} has {int(bad_bitmaps.sum())} impossible subcluster bitmaps"
+            )
         walk.mark(layout.clusters_of(entries), f"{what}: L2 table {index}")
         if active:
             next_offset = _statistics(walk, entries, layout, next_offset)
@@ -174,9 +180,10 @@ def wrong_flags(image: Qcow2Image, counts: Numbers) -> Iterator[str]:
         cluster = (int(l1[index]) & OFFSET) >> layout.bits
         if cluster < len(counts) and (counts[cluster] == 1) != bool(int(l1[index]) & COPIED):
             yield f"ERROR OFLAG_COPIED L2 cluster: l1_index={index} refcount={counts[cluster]}"
-    for index, _, entries in tables_of(image, l1):
+    for index, table in tables_of(image, l1):
         if layout.external:
             continue  # the flag alone says that they are allocated
+        entries = table.entries
         offsets = entries & _OFFSET
         plain = (offsets != 0) & (entries & _COMPRESSED == 0) & ~impossible(entries, layout)
         plain &= offsets >> np.uint64(layout.bits) < len(counts)

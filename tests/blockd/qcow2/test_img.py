@@ -246,7 +246,7 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
         ("info", str(tmp_path / "none")),
         ("create", "-f", "vmdk", "x", "1M"),
         ("create", "-f", "qcow2", str(tmp_path / "x"), "huge"),
-        ("create", "-f", "qcow2", "-o", "extended_l2=on", str(tmp_path / "x"), "1M"),
+        ("create", "-f", "qcow2", "-o", "extended_l2=on,cluster_size=4k", str(tmp_path / "x"), "1M"),
         ("convert", "-c", "-O", "raw", "a", "b"),
         ("resize", str(tmp_path), "1M"),
     ):
