@@ -85,7 +85,7 @@ PROPERTIES: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def set_property(policy: DrivePolicy, driver: str, name: str, value: str) -> DrivePolicy:
-    """The policy with one property changed; UsageError names the choices. ``driver``: "ide-cd" or "ide-hd"."""
+    """The policy with one property changed; UsageError names the choices. ``driver``: ide-cd or ide-hd."""
     known = PROPERTIES.get(driver)
     if known is None:
         raise UsageError(f"{driver}: choose one of {', '.join(PROPERTIES)}")

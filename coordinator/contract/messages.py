@@ -137,8 +137,9 @@ class DisarmPhase(Command, frozen=True, tag="disarmphase"):
 class QueryPhases(Command, frozen=True, tag="queryphases"):
     """Device host: value is a list of dicts, one a drive: id, driver, phase (a DrivePhase), properties (as
     -global has them), and since the last ``reset`` of the counters guest_ns, and by phase ``ns`` and
-    ``entries``. ``command`` tells of one under way, else None: opcode, packet (hex, CD-ROM only), position and
-    length in the buffer, remaining bytes of the medium, PRD descriptor and bytes left of its region."""
+    ``entries``. ``command`` tells of one under way, else None: opcode, packet (hex, CD-ROM only), position
+    and length in the buffer, remaining bytes of the medium, PRD descriptor and region_left, the bytes left
+    of its region."""
 
     reset: bool = False
 
@@ -332,8 +333,8 @@ class PhaseReached(msgspec.Struct, frozen=True, tag="phasereached"):
 
 
 class PhaseMissed(msgspec.Struct, frozen=True, tag="phasemissed"):
-    """ArmPhase: it did not come in time (``held`` False), or nobody stopped the vCPUs (True). Nothing is armed
-    now."""
+    """ArmPhase: it did not come in time (``held`` False), or nobody stopped the vCPUs (True). Nothing is
+    armed now."""
 
     drive: str
     phase: DrivePhase

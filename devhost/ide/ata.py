@@ -7,12 +7,13 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from coordinator.contract.errors import RecordError
+from coordinator.contract.state import unpack
 from devhost.ide import features, identify
 from devhost.ide import registers as reg
 from devhost.ide.backend import BlockBackend
 from devhost.ide.drive import Drive
 from devhost.ide.phases import REQUEST_LIMIT, Phase, Power, Request
-from devhost.ide.records import AtapiState, AtaState
+from devhost.ide.records import AtaState
 from devhost.ide.registers import Error
 
 SECTOR = 512
@@ -280,10 +281,13 @@ class AtaDrive(Drive):
             look_ahead=self.look_ahead,
         )
 
-    def load(self, state: AtaState | AtapiState) -> None:
-        if not isinstance(state, AtaState):
-            raise RecordError(f"record of IDE drive {self.number}: not a disk")
-        if state.multiple == 0 and state.opcode in MULTIPLE_OPCODES or state.phase == Phase.PACKET.value:
+    def load(self, blob: bytes) -> None:
+        state = unpack(blob, AtaState)
+        if (
+            state.multiple == 0
+            and state.opcode in MULTIPLE_OPCODES
+            or state.phase in (Phase.PACKET.value, Phase.INCOMPLETE.value)
+        ):
             raise RecordError(f"record of IDE drive {self.number}: impossible command state")
         self.load_common(state)
         self.multiple = state.multiple

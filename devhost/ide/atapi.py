@@ -12,14 +12,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
+from coordinator.contract.drives import Incomplete, Stream
 from coordinator.contract.errors import RecordError
-from devhost.ide import atapi_commands, cd_sector, features, identify, sense
+from coordinator.contract.state import unpack_any
+from devhost.ide import atapi_commands, cd_sector, features, identify, old_record, sense
 from devhost.ide import registers as reg
 from devhost.ide.ata import DEFAULT_MODE, POWER_ACTIVE, POWER_COMMANDS, POWER_STANDBY
 from devhost.ide.backend import BlockBackend, Buffer
 from devhost.ide.drive import Drive
 from devhost.ide.phases import REQUEST_LIMIT, Phase, Power, Request
-from devhost.ide.records import AtapiState, AtaState, SenseState
+from devhost.ide.records import AtapiState, OldAtapiState, RegisterState, SenseState, UnitState
 from devhost.ide.registers import Error
 from devhost.ide.sense import Sense
 
@@ -241,9 +243,12 @@ class AtapiDrive(Drive):
         self.packet[self.packet_filled : self.packet_filled + take] = data[:take]
         self.packet_filled += take
         if self.packet_filled == PACKET_SIZE:
-            self.status = reg.BUSY
-            self.power = Power.ACTIVE
-            atapi_commands.execute(self, bytes(self.packet))
+            self._evaluate()
+
+    def _evaluate(self) -> None:
+        self.status = reg.BUSY
+        self.power = Power.ACTIVE
+        atapi_commands.execute(self, bytes(self.packet))
 
     def good(self) -> None:
         """End the packet command with GOOD status."""
@@ -329,13 +334,23 @@ class AtapiDrive(Drive):
             self.check(sense.UNRECOVERED_READ._replace(information=self.offset // BLOCK))
 
     # ---- state --------------------------------------------------------------------------------------
-    def save(self) -> AtapiState:
-        return AtapiState(
-            **self.save_common(),
-            packet=bytes(self.packet),
-            packet_filled=self.packet_filled,
-            byte_limit=self.byte_limit,
-            shape=self.shape,
+    def resume(self) -> None:
+        super().resume()
+        if self.phase is Phase.INCOMPLETE:
+            self._complete()
+
+    def _complete(self) -> None:
+        """The machine starts with a DMA command that an old record left out, see docs/migration.md."""
+        choice, known = self.policy.incomplete, self.packet_filled == PACKET_SIZE
+        if choice is Incomplete.DROP:
+            self._clear_command()  # DRQ stays, and nothing will ever come of it
+        elif choice is Incomplete.RESTART and known:
+            self._evaluate()
+        else:
+            self.check(sense.NO_SEEK_COMPLETE)
+
+    def save(self) -> AtapiState | OldAtapiState:
+        unit = UnitState(
             sense=SenseState(**self.sense._asdict()),
             attention=tuple(self.attention),
             events=tuple(self.events),
@@ -346,14 +361,27 @@ class AtapiDrive(Drive):
             current_lba=self.current_lba,
             transfer_mode=self.transfer_mode,
         )
+        state = AtapiState(
+            **self.save_common(),
+            unit=unit,
+            packet=bytes(self.packet),
+            packet_filled=self.packet_filled,
+            byte_limit=self.byte_limit,
+            shape=self.shape,
+        )
+        return old_record.older(state) if self.policy.stream is Stream.V0 else state
 
-    def load(self, state: AtaState | AtapiState) -> None:
-        if not isinstance(state, AtapiState):
-            raise RecordError(f"record of IDE drive {self.number}: not a CD-ROM drive")
+    def load(self, blob: bytes) -> None:
+        record: RegisterState = unpack_any(blob, AtapiState, OldAtapiState)
+        state = old_record.newer(record) if isinstance(record, OldAtapiState) else record
+        assert isinstance(state, AtapiState)
+        unit = state.unit
         if (
-            any(name not in sense.ATTENTION for name in state.attention)
+            any(name not in sense.ATTENTION for name in unit.attention)
             or state.phase == Phase.PACKET.value
             and state.packet_filled >= PACKET_SIZE
+            or state.phase == Phase.INCOMPLETE.value
+            and not (state.use_dma and state.opcode == PACKET and state.packet_filled in (0, PACKET_SIZE))
             or state.request not in (Request.NONE.value, Request.READ.value)
             or state.phase in (Phase.PIO_IN.value, Phase.PIO_OUT.value)
             and state.opcode == PACKET
@@ -367,12 +395,12 @@ class AtapiDrive(Drive):
         self.packet_filled = state.packet_filled
         self.byte_limit = state.byte_limit
         self.shape = state.shape
-        self.sense = Sense(state.sense.key, state.sense.asc, state.sense.ascq, state.sense.information)
-        self.attention, self.events = list(state.attention), list(state.events)
-        self.tray_open, self.prevent = state.tray_open, state.prevent
-        self.retries, self.recovery = state.retries, state.recovery
-        self.current_lba = state.current_lba
-        self.transfer_mode = state.transfer_mode
+        self.sense = Sense(unit.sense.key, unit.sense.asc, unit.sense.ascq, unit.sense.information)
+        self.attention, self.events = list(unit.attention), list(unit.events)
+        self.tray_open, self.prevent = unit.tray_open, unit.prevent
+        self.retries, self.recovery = unit.retries, unit.recovery
+        self.current_lba = unit.current_lba
+        self.transfer_mode = unit.transfer_mode
 
 
 ATA_COMMANDS: dict[int, Callable[[AtapiDrive], None]] = {

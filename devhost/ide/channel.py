@@ -17,7 +17,7 @@ from typing import ClassVar
 from coordinator.contract.device import Device, Dma, Pin
 from coordinator.contract.errors import RecordError
 from coordinator.contract.registers import Access, Register, RegisterMap
-from coordinator.contract.state import Record
+from coordinator.contract.state import Record, pack
 from devhost.ide import busmaster
 from devhost.ide import registers as reg
 from devhost.ide.atapi import DEVICE_RESET, AtapiDrive
@@ -307,7 +307,7 @@ class IdeChannel(Device):
 
     def save(self) -> ChannelRecord:
         master, cursor = self.master, self.master.cursor
-        first, second = (drive.save() if drive is not None else None for drive in self.drives)
+        first, second = (pack(drive.save()) if drive is not None else None for drive in self.drives)
         return ChannelRecord(
             control=self.control,
             selected=self.selected,

@@ -11,8 +11,11 @@ only thing not saved is the request in flight: loading issues it again.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
+from coordinator.contract.drives import DrivePolicy, Stream
+from coordinator.contract.state import Record
 from devhost.ide import registers as reg
 from devhost.ide.backend import BlockBackend, Buffer
 from devhost.ide.phases import (
@@ -26,7 +29,7 @@ from devhost.ide.phases import (
     Request,
     check_state,
 )
-from devhost.ide.records import AtapiState, AtaState
+from devhost.ide.records import DriveState
 from devhost.ide.taskfile import TaskFile
 
 
@@ -52,6 +55,8 @@ class Drive(ABC):
     #: bytes of the medium: where the next request starts, how much is left
     offset: int
     remaining: int
+    #: a direct transfer has moved data
+    begun: bool
 
     def __init__(self, backend: BlockBackend | None, *, request_limit: int = REQUEST_LIMIT) -> None:
         self.backend = backend
@@ -60,7 +65,13 @@ class Drive(ABC):
         self.bus: Bus
         self.taskfile = TaskFile()
         self.power = Power.ACTIVE
-        self.held = False
+        #: paused: no more requests; but ``running_out``, which ends when the command waits for the host
+        self.held = self.running_out = False
+        #: stopped at an armed phase, see watch.py
+        self.caught = False
+        #: told of every request that is due; True: the drive is caught there
+        self.on_request: Callable[[], bool] = lambda: False
+        self.policy = DrivePolicy()
         self._flight: Flight | None = None
         self._clear_command()
         self.status = self.error = 0
@@ -155,14 +166,26 @@ class Drive(ABC):
             self._await_dma()
 
     def pause(self) -> None:
-        """Start no more requests; the one in flight may end."""
+        """Start no more requests; the one in flight may end. An old record cannot hold a command that is busy
+        with the medium: for one, requests follow until the command waits for the host or has ended."""
         self.held = True
+        if self.policy.stream is Stream.V0 and self.phase is Phase.MEDIUM:
+            self.running_out, self.caught = True, False
+            self._go_on()
 
     def paused(self) -> bool:
-        return self._flight is None
+        return self._flight is None and not (self.running_out and self.phase is Phase.MEDIUM)
 
     def resume(self) -> None:
-        self.held = False
+        self.held = self.running_out = False
+        self._go_on()
+
+    def release(self) -> None:
+        """Go on from where ``on_request`` caught the drive."""
+        self.caught = False
+        self._go_on()
+
+    def _go_on(self) -> None:
         if self.phase is Phase.MEDIUM and self._flight is None:
             self._issue()
 
@@ -231,6 +254,7 @@ class Drive(ABC):
         self.buffer = bytearray()
         self.position = self.burst_end = 0
         self.offset = self.remaining = 0
+        self.begun = False
 
     def _abort(self) -> None:
         self._cancel()
@@ -300,10 +324,10 @@ class Drive(ABC):
 
     # ---- block requests -----------------------------------------------------------------------------
     def _issue(self) -> None:
-        """Start the next block request of the command, unless held."""
+        """Start the next block request of the command, unless held or caught."""
         self.phase = Phase.MEDIUM
         self.status = reg.BUSY
-        if self.held:
+        if self.held and not self.running_out or self.caught or self.on_request():
             return
         backend = self.backend
         if backend is None:
@@ -437,6 +461,7 @@ class Drive(ABC):
         """A direct request is done: go on, wait for more descriptors, or finish."""
         self.offset += length
         self.remaining -= length
+        self.begun = True
         if not self.remaining:
             self.finished()
         elif self.bus.master.ready(self.to_host):
@@ -446,10 +471,12 @@ class Drive(ABC):
 
     # ---- state ----------------------------------------------------------------------------------------
     @abstractmethod
-    def save(self) -> AtaState | AtapiState: ...
+    def save(self) -> Record:
+        """In the version that ``policy`` asks for; RecordError where that cannot hold the command."""
 
     @abstractmethod
-    def load(self, state: AtaState | AtapiState) -> None: ...
+    def load(self, blob: bytes) -> None:
+        """Take over a packed record."""
 
     def save_common(self) -> dict[str, Any]:
         """The fields of ``DriveState``."""
@@ -466,6 +493,7 @@ class Drive(ABC):
             "use_dma": self.use_dma,
             "to_host": self.to_host,
             "direct": self.direct,
+            "begun": self.begun,
             "buffer": bytes(self.buffer),
             "position": self.position,
             "burst_end": self.burst_end,
@@ -474,17 +502,19 @@ class Drive(ABC):
             "power": self.power.value,
         }
 
-    def load_common(self, state: AtaState | AtapiState) -> None:
+    def load_common(self, state: DriveState) -> None:
         """Take over ``DriveState``; RecordError where cursors do not fit together."""
         medium = self.backend.size if self.backend is not None else 0
         phase, request, self.power = check_state(state, self.sector_size, medium)
         self._cancel()
+        self.running_out = self.caught = False
         self.taskfile.current = list(state.current)
         self.taskfile.previous = list(state.previous)
         self.taskfile.device = state.device
         self.status, self.error, self.intrq = state.status, state.error, state.intrq
         self.phase, self.request, self.opcode = phase, request, state.opcode
         self.use_dma, self.to_host, self.direct = state.use_dma, state.to_host, state.direct
+        self.begun = state.begun
         self.buffer = bytearray(state.buffer)
         self.position, self.burst_end = state.position, state.burst_end
         self.offset, self.remaining = state.offset, state.remaining

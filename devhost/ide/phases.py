@@ -31,6 +31,7 @@ class Phase(enum.Enum):
     PIO_OUT = "pio-out"  # DRQ, the host writes a block
     DMA_WAIT = "dma-wait"  # the drive asks for DMA, the bus master is not running or out of descriptors
     MEDIUM = "medium"  # BSY, a block request is due or in flight
+    INCOMPLETE = "incomplete"  # ATAPI: loaded from an old record without the command, see old_record.py
 
 
 class Request(enum.Enum):
@@ -93,6 +94,8 @@ def check_state(state: DriveState, sector: int, medium: int) -> tuple[Phase, Req
         fits &= state.position < state.burst_end and state.to_host == (phase is Phase.PIO_IN)
     elif state.direct:
         fits &= state.remaining > 0 and data < sector and not (data and state.to_host)
+    elif phase is Phase.INCOMPLETE:
+        fits &= request is Request.NONE and not data
     elif phase is Phase.DMA_WAIT:
         fits &= state.position < data
     elif phase is Phase.MEDIUM:

@@ -20,10 +20,8 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """A piece of a record."""
 
 
-class DriveState(Part, frozen=True, kw_only=True):
-    """What both kinds of drive have, see drive.py. ``buffer`` is the data of the command, ``position`` the
-    cursor of the host in it, ``burst_end`` the end of the DRQ block; ``offset`` and ``remaining`` count
-    bytes of the medium. A request in flight is phase "medium": it is issued again after loading."""
+class RegisterState(Record, frozen=True, kw_only=True):
+    """What the host sees of a drive at the registers, and its power state."""
 
     current: FiveBytes
     previous: FiveBytes
@@ -31,22 +29,33 @@ class DriveState(Part, frozen=True, kw_only=True):
     status: U8
     error: U8
     intrq: bool
+    power: str
+
+
+class DriveState(RegisterState, frozen=True, kw_only=True):
+    """What both kinds of drive have, see drive.py. ``buffer`` is the data of the command, ``position`` the
+    cursor of the host in it, ``burst_end`` the end of the DRQ block; ``offset`` and ``remaining`` count
+    bytes of the medium; ``begun``: a direct transfer has moved data. A request in flight is phase "medium":
+    it is issued again after loading."""
+
     phase: str
     opcode: U8
     request: str
     use_dma: bool
     to_host: bool
     direct: bool
+    begun: bool
     buffer: bytes
     position: U63
     burst_end: U63
     offset: U63
     remaining: U63
-    power: str
 
 
-class AtaState(DriveState, frozen=True, kw_only=True, tag="ata"):
+class AtaState(DriveState, frozen=True, kw_only=True):
     """``multiple`` sectors a DRQ block (0: off); ``heads`` and ``sectors`` of the current translation."""
+
+    kind = "ide-hd"
 
     multiple: Annotated[int, Meta(ge=0, le=128)]
     heads: Annotated[int, Meta(ge=1, le=16)]
@@ -65,13 +74,9 @@ class SenseState(Part, frozen=True, kw_only=True):
     information: U32 | None
 
 
-class AtapiState(DriveState, frozen=True, kw_only=True, tag="atapi"):
-    """``packet`` holds the ``packet_filled`` bytes that came in; ``attention`` and ``events`` are queues."""
+class UnitState(Part, frozen=True, kw_only=True):
+    """A CD-ROM drive between commands. ``attention`` and ``events`` are queues."""
 
-    packet: Annotated[bytes, Meta(min_length=12, max_length=12)]
-    packet_filled: Annotated[int, Meta(ge=0, le=12)]
-    byte_limit: U16
-    shape: U8
     sense: SenseState
     attention: tuple[str, ...]
     events: tuple[U8, ...]
@@ -81,6 +86,42 @@ class AtapiState(DriveState, frozen=True, kw_only=True, tag="atapi"):
     recovery: U8
     current_lba: U32
     transfer_mode: U8
+
+
+class AtapiState(DriveState, frozen=True, kw_only=True):
+    """``packet`` holds the ``packet_filled`` bytes that came in; ``shape``: fields of READ CD."""
+
+    kind = "ide-cd"
+
+    unit: UnitState
+    packet: Annotated[bytes, Meta(min_length=12, max_length=12)]
+    packet_filled: Annotated[int, Meta(ge=0, le=12)]
+    byte_limit: U16
+    shape: U8
+
+
+class PioState(Part, frozen=True, kw_only=True):
+    """Of the old record: the PIO buffer while DRQ is set. ``then`` says what it is, see old_record.py; the
+    last four are of a data phase."""
+
+    buffer: bytes
+    position: U63
+    end: U63
+    then: str
+    byte_limit: U16
+    offset: U63
+    remaining: U63
+    shape: U8
+
+
+class OldAtapiState(RegisterState, frozen=True, kw_only=True):
+    """Version 0 of the record, which knows nothing of a packet command but its PIO buffer."""
+
+    kind = "ide-cd"
+    version = 0
+
+    unit: UnitState
+    pio: PioState | None
 
 
 class BusMasterState(Part, frozen=True, kw_only=True):
@@ -96,7 +137,8 @@ class BusMasterState(Part, frozen=True, kw_only=True):
 
 
 class ChannelRecord(Record, frozen=True, kw_only=True):
-    """One IDE channel: control register, line level, bus master, drives 0 and 1 (or None)."""
+    """One IDE channel: control register, line level, bus master; records of drives 0 and 1 (or None), each
+    packed with a kind and version of its own."""
 
     kind = "ide-channel"
 
@@ -104,4 +146,4 @@ class ChannelRecord(Record, frozen=True, kw_only=True):
     selected: Annotated[int, Meta(ge=0, le=1)]
     line: bool
     master: BusMasterState
-    drives: tuple[AtaState | AtapiState | None, AtaState | AtapiState | None]
+    drives: tuple[bytes | None, bytes | None]

@@ -399,15 +399,20 @@ def test_loading_while_paused_issues_nothing_until_resumed() -> None:
     assert other.words(256) == backend.image[:512]
 
 
-def record_of(rig: Rig) -> Any:
-    return msgspec.msgpack.decode(msgspec.msgpack.encode(rig.channel.save()))
-
-
-def load_changed(rig: Rig, change: Callable[[Any], None]) -> None:
-    fields = record_of(rig)
-    change(fields)
-    record = msgspec.convert(fields, ChannelRecord, strict=True)
-    IdeChannel(rig.pin, rig.memory, rig.make()).load(record)
+def load_changed(rig: Rig, change: dict[str, Any]) -> None:
+    """Load the channel's record with fields of drive 0 changed ("unit.X": of the part)."""
+    record = rig.channel.save()
+    assert record.drives[0] is not None
+    envelope = msgspec.msgpack.decode(record.drives[0])  # kind, version, fields
+    for name, value in change.items():
+        *parts, last = name.split(".")
+        inner = envelope["data"]
+        for part in parts:
+            inner = inner[part]
+        assert last in inner
+        inner[last] = value
+    changed = msgspec.structs.replace(record, drives=(msgspec.msgpack.encode(envelope), record.drives[1]))
+    IdeChannel(rig.pin, rig.memory, rig.make()).load(changed)
 
 
 @pytest.mark.parametrize(
@@ -428,9 +433,11 @@ def load_changed(rig: Rig, change: Callable[[Any], None]) -> None:
         ("disk", {"power": "off"}),
         ("disk", {"status": 256}),
         ("disk", {"buffer": b"x" * (1 << 20)}),
-        ("cd", {"attention": ["what"]}),
+        ("cd", {"unit.attention": ["what"]}),
         ("cd", {"packet_filled": 13}),
         ("cd", {"phase": "packet", "packet_filled": 12}),
+        ("cd", {"phase": "incomplete"}),
+        ("disk", {"phase": "incomplete", "use_dma": True}),
         ("cd", {"request": "write"}),
         ("cd", {"shape": 0x90}),
         ("cd", {"shape": 0x01}),
@@ -439,8 +446,8 @@ def load_changed(rig: Rig, change: Callable[[Any], None]) -> None:
 )
 def test_impossible_records_are_refused(drive: str, change: dict[str, Any]) -> None:
     rig = disk() if drive == "disk" else cdrom()
-    with pytest.raises((RecordError, msgspec.ValidationError)):
-        load_changed(rig, lambda fields: fields["drives"][0].update(change))
+    with pytest.raises(RecordError):
+        load_changed(rig, change)
 
 
 def test_records_of_other_machines_are_refused() -> None:
