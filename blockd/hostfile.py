@@ -11,7 +11,11 @@ import fcntl
 import os
 import stat
 
+from blockd.locks import lock_image
 from coordinator.contract.errors import BlockError
+
+#: what is the same for two names of one file
+Identity = tuple[int | str, ...]
 
 #: linux/falloc.h
 FALLOC_FL_KEEP_SIZE = 0x01
@@ -74,8 +78,11 @@ class HostFile:
     def size(self) -> int:
         return os.lseek(self.fd, 0, os.SEEK_END)
 
-    def identity(self) -> tuple[int, int]:
-        """What is the same for two names of one file."""
+    def lock(self, writable: bool) -> bool:
+        """Lock for a reader or the only writer until it is closed; False where there are no locks."""
+        return lock_image(self.fd, self.file, writable)
+
+    def identity(self) -> Identity:
         status = os.fstat(self.fd)
         return status.st_dev, status.st_ino
 
@@ -97,6 +104,10 @@ class HostFile:
                 view[done:] = bytes(len(view) - done)
                 return
             done += got
+
+    def prefetch(self, offset: int, length: int) -> None:
+        """The bytes will be read soon."""
+        os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         done = os.pwritev(self.fd, (data,), offset)
