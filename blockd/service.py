@@ -3,6 +3,7 @@ by threads of their own (see nbd/server.py)."""
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -12,9 +13,9 @@ from typing import Any, Protocol
 import zmq
 
 from blockd.export import ExportTable
+from blockd.identity import identify
 from blockd.nbd.handshake import Terms
 from blockd.nbd.listen import Listener, listen_tcp, listen_unix
-from blockd.identity import identify
 from blockd.nbd.server import Limits, Server
 from coordinator.contract import messages
 from coordinator.contract.errors import AtollError, BlockError, MessageError

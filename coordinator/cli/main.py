@@ -12,6 +12,7 @@ from coordinator.contract.errors import AtollError
 SUBCOMMANDS = {
     "run": ("coordinator.cli.run", "run a machine; options are spelled as qemu-system-x86_64 spells them"),
     "img": ("blockd.img.main", "make, look at, check, convert and change disk images, as qemu-img does"),
+    "nbd": ("blockd.nbd.command", "serve a disk image over the network, as qemu-nbd does"),
     "pieces": ("coordinator.pieces", "fetch firmware and guest pieces from Debian's packages into the cache"),
 }
 
