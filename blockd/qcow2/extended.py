@@ -3,8 +3,8 @@
 Source: "Qcow2 Image File Format", section "Extended L2 Entries"; the bitmaps are in subclusters.py.
 
 The orders of writer.py hold for subclusters too. An entry and its bitmap are 16 bytes at a multiple of 16,
-so they lie in one sector, and are written by one call: a sector that is written whole or not at all never
-shows one without the other. Where only the bitmap changes only it is written.
+so they lie in one sector, and are always written together by one call: a sector that is written whole or
+not at all never shows one without the other, whichever of several writes are lost.
 
 A subcluster that becomes allocated inside a host cluster that is there already may find old bytes there
 (of before it was zeroed, or of another program). Then it is filled whole, and made durable before its
@@ -123,11 +123,6 @@ class ExtendedMapping(Mapping):
         table.view[at] = entry
         table.bitmap_view[at] = bitmap
 
-    def store_bitmap(self, index: int, table: L2Table, at: int, bitmap: int) -> None:
-        """Write one bitmap alone."""
-        self._write(index, table.offset + 16 * at + 8, bitmap.to_bytes(8, "big"))
-        table.bitmap_view[at] = bitmap
-
     def _write(self, index: int, offset: int, data: bytes) -> None:
         try:
             self._file.write(offset, data)
@@ -234,7 +229,7 @@ class ExtendedWriter(Writer):
         self._write_data((entry & OFFSET) + inside - len(head or b""), whole)
         if copied or not known:
             image.data.sync()
-        self._mapping.store_bitmap(index, table, number, (bitmap | touched) & ~(touched << COUNT))
+        self._mapping.store_one(index, table, number, entry, (bitmap | touched) & ~(touched << COUNT))
         if untouched & ~touched:
             self._mapping.remember(cluster, untouched & ~touched)
 
@@ -404,7 +399,7 @@ class ExtendedWriter(Writer):
                 self._mapping.store_one(index, table, number, 0, new & ALL_ZERO)
                 self._condemn_entries(old)
             else:
-                self._mapping.store_bitmap(index, table, number, new)
+                self._mapping.store_one(index, table, number, entry, new)
 
     def _clear_table(self, index: int, first: int, count: int, entry: int, keep: bool) -> None:
         image, mapping = self._image, self._mapping

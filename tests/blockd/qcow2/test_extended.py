@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from blockd.hostfile import HostFile
 from blockd.qcow2 import subclusters
 from blockd.qcow2.check import check, repair
 from blockd.qcow2.compression import compress
@@ -162,6 +163,74 @@ def test_only_the_subclusters_that_are_written_are_copied(tmp_path: Path) -> Non
     assert sum(size for kind, _, size in pieces if kind == DATA) == 64 << 10
     image.write_zeroes(128 << 10, 64 << 10, unmap=True, fast=True)
     assert (ZEROES, 128 << 10, 64 << 10) in [piece[:3] for piece in image.map(0, image.size)]
+    image.close()
+    qemu_check(file)
+
+
+class _Log(HostFile):
+    """Notes writes, and how many of them a sync has made durable."""
+
+    def __init__(self, file: str, read_only: bool = False) -> None:
+        super().__init__(file, read_only)
+        self.writes: list[tuple[int, bytes]] = []
+        self.durable = 0
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        super().write(offset, data)
+        self.writes.append((offset, bytes(data)))
+
+    def sync(self) -> None:
+        super().sync()
+        self.durable = len(self.writes)
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_no_old_bytes_come_to_light(tmp_path: Path, below: bool) -> None:
+    """A subcluster that had data, was zeroed (or lies below) and is written in part: whichever write the
+    disk loses, around the new bytes it reads as it had been flushed."""
+    (tmp_path / "base").write_bytes(b"b" * 65536)
+    more = {"backing_file": "base", "backing_format": "raw"} if below else {}
+    file = make(tmp_path / "disk.qcow2", 65536, (65536, 3, 16), extended_l2=True, **more)
+    image = Qcow2Image(file, open_file=_Log)
+    log = image.host
+    assert isinstance(log, _Log)
+    image.write(0, b"o" * 32768)
+    image.write_zeroes(2048, 2048, unmap=False, fast=False)
+    image.flush()
+    for at in (2048 + 500, 40000):
+        before = read(image)
+        image.flush()
+        start, first = Path(file).read_bytes(), len(log.writes)
+        image.write(at, b"n" * 100)
+        for lost in range(log.durable, len(log.writes)):
+            data = bytearray(start)
+            for number in range(first, len(log.writes)):
+                offset, content = log.writes[number]
+                if number != lost:
+                    data[offset : offset + len(content)] = content
+            (tmp_path / "lost").write_bytes(data)
+            after = Qcow2Image(str(tmp_path / "lost"), read_only=True)
+            found = read(after)
+            after.close()
+            assert found[:at] + found[at + 100 :] == before[:at] + before[at + 100 :]
+    image.close()
+
+
+def test_a_host_cluster_that_is_used_again_is_not_taken_for_empty(tmp_path: Path) -> None:
+    """Subclusters that were never written in its first life hold data in its second."""
+    size, count = 16384, 64
+    file = make(tmp_path / "disk.qcow2", size * count, (size, 3, 16), extended_l2=True)
+    image = Qcow2Image(file)
+    for number in range(count):
+        image.write(number * size, b"1" * 512)
+    image.write_zeroes(0, size * count, unmap=True, fast=False)
+    image.flush()
+    for number in range(count):
+        image.write(number * size, b"2" * size)
+        image.write_zeroes(number * size + 2048, 1024, unmap=False, fast=False)
+        image.write(number * size + 2048, b"3" * 100)
+    expected = b"2" * 2048 + b"3" * 100 + bytes(924) + b"2" * (size - 3072)
+    assert read(image) == expected * count
     image.close()
     qemu_check(file)
 
