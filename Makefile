@@ -6,7 +6,7 @@ SHELL := /bin/bash
 
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
-SOURCES := $(shell find coordinator/contract coordinator/migrate vcpu -name '*.[ch]' -o -name '*.inc' -o -name '*.tab' \
+SOURCES := $(shell find coordinator/contract coordinator/migrate vcpu blockd -name '*.[ch]' -o -name '*.inc' -o -name '*.tab' \
              -o -name 'build_*.py' -o -name 'optable*.py')
 
 # Options for the demo, the benchmark and pytest, e.g. make demo ARGS="--keep folder"

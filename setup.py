@@ -10,5 +10,6 @@ setup(
         "coordinator/contract/build_segment.py:ffibuilder",
         "coordinator/migrate/build_ram.py:ffibuilder",
         "vcpu/build_core.py:ffibuilder",
+        "blockd/build_batch.py:ffibuilder",
     ]
 )

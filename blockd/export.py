@@ -207,6 +207,8 @@ def open_probed(wanted: config.Export) -> Image:
 class ProbedRawImage(RawImage):
     """A raw disk whose first bytes cannot be made those of another format."""
 
+    judged_below = len(MAGIC)
+
     def write(self, offset: int, data: Buffer, fua: bool = False) -> None:
         if offset < len(MAGIC):
             start = bytearray(len(MAGIC))

@@ -14,7 +14,10 @@ from __future__ import annotations
 import abc
 import errno
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from blockd.batch import Direct
 
 #: anything that os.pwritev takes without a copy
 Buffer = bytes | bytearray | memoryview
@@ -46,6 +49,11 @@ class Image(abc.ABC):
     @abc.abstractmethod
     def write(self, offset: int, data: Buffer, fua: bool = False) -> None:
         """Write all of ``data``; with ``fua`` it is durable when this returns."""
+
+    def direct(self) -> Direct | None:
+        """The short way to this image's bytes, if there is one; requests that go it are not seen by
+        ``read_into`` and ``write``."""
+        return None
 
     @abc.abstractmethod
     def flush(self) -> None:

@@ -11,6 +11,7 @@ import os
 import stat
 from collections.abc import Iterator
 
+from blockd.batch import READ_ONLY, Direct, DirectFile
 from blockd.hostfile import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
@@ -36,6 +37,8 @@ class RawImage(Image):
     """
 
     format = "raw"
+    #: a write that begins below is for ``write`` alone to judge
+    judged_below = 0
 
     def __init__(self, file: str, read_only: bool = False, granularity: int = 512, pad: bool = False) -> None:
         """Open and lock; BlockError in one line when that cannot be."""
@@ -77,6 +80,9 @@ class RawImage(Image):
             rest = memoryview(data)
             while done < len(rest):
                 done += os.pwritev(self._fd, (rest[done:],), offset + done, flags)
+
+    def direct(self) -> Direct | None:
+        return DirectFile(self._fd, READ_ONLY if self.read_only else self.judged_below)
 
     def flush(self) -> None:
         if not self.read_only:

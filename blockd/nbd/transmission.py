@@ -14,6 +14,7 @@ import struct
 from collections.abc import Callable
 from itertools import islice
 
+from blockd.batch import Batch
 from blockd.export import Counters
 from blockd.image import Image
 from blockd.nbd.handshake import Hangup, Negotiated
@@ -79,6 +80,8 @@ class Transmission:
         self._out = memoryview(bytearray(OUTPUT))
         self._ready = 0  # bytes of replies that wait to be sent
         self._large = memoryview(bytearray())  # payload that does not fit the input buffer
+        self._direct = self._image.direct()
+        self._batch = Batch(self._in, self._out, SEND_AT, self._size, self._structured)
         #: a read reply's header: simple, or a chunk with its offset
         self._read_head = CHUNK.size + _OFFSET.size if agreed.structured else SIMPLE_REPLY.size
         self._commands: dict[int, Callable[[int, int, int, int], None]] = {
@@ -99,6 +102,10 @@ class Transmission:
         while not self.stopping:
             if self._end - self._begin < size and not self._fill(size):
                 return
+            if self._direct is not None and self._serve_plain():
+                if self._ready >= SEND_AT:
+                    self._send()
+                continue
             magic, flags, command, cookie, offset, length = unpack(self._in, self._begin)
             if magic != REQUEST_MAGIC:
                 raise Hangup("request without its magic number")
@@ -113,6 +120,22 @@ class Transmission:
             if self._ready >= SEND_AT:
                 self._send()
         self._send()
+
+    def _serve_plain(self) -> bool:
+        """Serve requests in the input buffer while they are plain; False when the first is not."""
+        assert self._direct is not None
+        batch = self._batch.c
+        batch.begin, batch.end, batch.ready = self._begin, self._end, self._ready
+        self._direct.serve(self._batch)
+        if not batch.done:
+            return False
+        self._begin, self._ready = batch.begin, batch.ready
+        counters = self._counters
+        counters.reads += batch.reads
+        counters.read_bytes += batch.read_bytes
+        counters.writes += batch.writes
+        counters.write_bytes += batch.write_bytes
+        return True
 
     # ---- commands --------------------------------------------------------------------------------
     def _read(self, flags: int, cookie: int, offset: int, length: int) -> None:

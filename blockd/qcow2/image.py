@@ -16,11 +16,13 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from blockd.batch import Direct
 from blockd.hostfile import HostFile
 from blockd.image import Buffer, Extent, Image
 from blockd.locks import lock_image
 from blockd.qcow2 import backing, header, operations, snapshots
 from blockd.qcow2.compression import decompress
+from blockd.qcow2.direct import DirectClusters
 from blockd.qcow2.extended import ExtendedMapping, ExtendedWriter
 from blockd.qcow2.header import Autoclear, ExtensionType, Header, Incompatible
 from blockd.qcow2.refcounts import Clusters, Refcounts
@@ -206,6 +208,10 @@ class Qcow2Image(Image):
                     part[:] = bytes(length)
         finally:
             self.leave(epoch)
+
+    def direct(self) -> Direct | None:
+        watched = type(self.data) is not HostFile  # whoever watches the file must see each change
+        return None if watched or not self.mapping.plain else DirectClusters(self)
 
     def _locate(self, offset: int, length: int) -> list[Piece]:
         """Where a range lies. The lock is held."""

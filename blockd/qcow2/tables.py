@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import errno
 from collections import OrderedDict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from blockd._batch import ffi
 from blockd.hostfile import HostFile
 from blockd.qcow2.header import Header, Incompatible
 from blockd.qcow2.refcounts import Clusters, Refcounts
@@ -156,6 +157,13 @@ class Mapping:
         self.layout = Layout(header)
         self._cache: OrderedDict[int, L2Table] = OrderedDict()
         self._cached_tables = max(4, CACHE_BYTES >> header.cluster_bits)
+        #: no entries but those that C knows: see batch.h
+        self.plain = not header.incompatible & Incompatible.EXTENDED_L2
+        #: struct batch_tables: what is in memory, for C
+        self.in_memory: Any = ffi.new("struct batch_tables *")
+        self.in_memory.allocated = self.layout.allocated
+        self.in_memory.cluster_bits, self.in_memory.table_bits = self.layout.bits, self.layout.l2_bits
+        self.in_memory.zero_flag = self.layout.version >= 3
         self.reload()
 
     def reload(self) -> None:
@@ -165,6 +173,11 @@ class Mapping:
         #: the same, quicker for single entries
         self.l1_view = memoryview(self.l1)  # type: ignore[arg-type]
         self._cache.clear()
+        #: by L1 index: the address of a cached table's entries, else 0
+        self._addresses = np.zeros(len(self.l1), np.uint64)
+        self.in_memory.l1 = ffi.cast("uint64_t *", self.l1.ctypes.data)
+        self.in_memory.l1_size = len(self.l1)
+        self.in_memory.tables = ffi.cast("uint64_t *", self._addresses.ctypes.data)
 
     # ---- reading ---------------------------------------------------------------------------------
     def table(self, index: int) -> L2Table | None:
@@ -190,8 +203,13 @@ class Mapping:
 
     def _keep(self, index: int, table: L2Table) -> None:
         self._cache[index] = table
+        self._addresses[index] = table.entries.ctypes.data
         if len(self._cache) > self._cached_tables:
-            self._cache.popitem(last=False)
+            self._addresses[self._cache.popitem(last=False)[0]] = 0
+
+    def _forget(self, index: int) -> None:
+        self._cache.pop(index, None)
+        self._addresses[index] = 0
 
     def _check(self, index: int, table: L2Table) -> None:
         """Nothing in a table may point into metadata: a write there would destroy the image."""
@@ -286,7 +304,7 @@ class Mapping:
         try:
             self._file.write(at, (offset | COPIED).to_bytes(8, "big"))
         except OSError:
-            self._cache.pop(index, None)
+            self._forget(index)
             self.l1[index] = int.from_bytes(self._file.read(at, 8), "big")
             raise
         self.l1[index] = offset | COPIED
@@ -298,7 +316,7 @@ class Mapping:
         try:
             self._file.write(table.offset + 8 * first, entries.astype(">u8").tobytes())
         except OSError:
-            self._cache.pop(index, None)
+            self._forget(index)
             raise
         table.entries[first : first + len(entries)] = entries
 
@@ -307,7 +325,7 @@ class Mapping:
         try:
             self._file.write(table.offset + 8 * at, entry.to_bytes(8, "big"))
         except OSError:
-            self._cache.pop(index, None)
+            self._forget(index)
             raise
         table.view[at] = entry
 
