@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from blockd.qcow2 import snapshots
-from blockd.qcow2.header import MAX_SNAPSHOTS, ExtensionType
+from blockd.qcow2.header import MAX_SNAPSHOTS, ExtensionType, write_tables
 from blockd.qcow2.snapshots import Snapshot
 from blockd.qcow2.switch import switch
 from blockd.qcow2.tables import Entries
@@ -103,11 +103,19 @@ def resize(image: Qcow2Image, size: int) -> None:
             if image.data.size() > old:
                 image.data.zero(old, image.data.size() - old)
             image.data.resize(max(size, image.data.size()))
-        switch(image, l1, size, snapshots.load(image.host, header))
+        known = snapshots.load(image.host, header)
+        if size > old and image.backing is not None and image.backing.size > old:
+            if entries > header.l1_size:
+                switch(image, l1, old, known)
+            _hide_below(image, old, size)
+            try:
+                write_tables(image.host, header, size=size)
+            finally:
+                image.size = header.size
+        else:
+            switch(image, l1, size, known)
         if image.data is not image.host and size < old:
             image.data.resize(size)
-        if size > old:
-            _hide_below(image, old, size)
 
 
 def make_empty(image: Qcow2Image) -> None:
@@ -144,6 +152,13 @@ def _cut(image: Qcow2Image, size: int) -> None:
 
 
 def _hide_below(image: Qcow2Image, old: int, size: int) -> None:
-    """Where the backing file is longer than the disk was, its bytes must not come to light."""
-    if image.backing is not None and image.backing.size > old:
+    """Where the backing file is longer than the disk was, its bytes must not come to light. So they are
+    covered, durably, before the disk has its new end, which nobody may see until then."""
+    assert image.backing is not None
+    image.size = size
+    try:
         image.write_zeroes(old, min(size, image.backing.size) - old, unmap=True, fast=False)
+        image.refcounts.give_back_reserved()
+        image.flush()
+    finally:
+        image.size = old
