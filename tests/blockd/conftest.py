@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from blockd.nbd.handshake import Terms
 from blockd.nbd.server import Limits
 from blockd.service import Service
 from coordinator.contract.config import Export
+from tests.support.certificates import Certificates, make_certificates
 
 Serve = Callable[..., str]
 
@@ -30,8 +32,8 @@ def serve(runtime: Path) -> Iterator[Serve]:
     """Serve exports, and return the socket's path. ``service_of`` finds the service by that path."""
     running: list[tuple[Service, threading.Thread]] = []
 
-    def start(*exports: Export, limits: Limits | None = None) -> str:
-        service = Service(limits)
+    def start(*exports: Export, limits: Limits | None = None, terms: Terms | None = None) -> str:
+        service = Service(limits, terms)
         for export in exports:
             service.exports.open(export)
         path = str(runtime / f"nbd{len(running)}")
@@ -47,6 +49,12 @@ def serve(runtime: Path) -> Iterator[Serve]:
         service.stop()
         thread.join()
     SERVICES.clear()
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """Those of a server and its clients."""
+    return make_certificates(tmp_path_factory.mktemp("certificates"))
 
 
 SERVICES: dict[str, Service] = {}
