@@ -18,15 +18,17 @@ from typing import Any, Protocol
 
 import msgspec
 
-from blockd.hostfile import HostFile
 from blockd.image import Buffer, Image
 from blockd.nbd.contexts import contexts_of
+from blockd.nbd.remote import NbdImage
+from blockd.opening import open_file, open_raw_image, probe, unsafe_file
 from blockd.qcow2.backing import Chain
 from blockd.qcow2.create import Options, create
-from blockd.qcow2.image import Qcow2Image, probe
+from blockd.qcow2.image import Qcow2Image
 from blockd.raw import RawImage
 from coordinator.contract import config
 from coordinator.contract.errors import BlockError
+from coordinator.contract.nbd import absolute_name, is_network_name
 
 log = logging.getLogger(__name__)
 
@@ -173,17 +175,21 @@ def open_raw(wanted: config.Export) -> Image:
     if wanted.load_snapshot:
         raise BlockError(f"{wanted.file}: raw images have no snapshots", errno.ENOTSUP)
     if wanted.media is config.Media.CDROM:
-        return RawImage(wanted.file, read_only=True, granularity=CD_SECTOR, pad=True)
+        return open_raw_image(wanted.file, read_only=True, granularity=CD_SECTOR, pad=True)
     granularity = DISK_SECTOR if wanted.sectors else 1
-    return RawImage(wanted.file, read_only=wanted.read_only, granularity=granularity)
+    if wanted.inactive:
+        return RawImage(wanted.file, True, granularity, locked=False)
+    return open_raw_image(wanted.file, wanted.read_only, granularity)
 
 
 def open_qcow2(wanted: config.Export) -> Image:
     """A qcow2 image with its chain of backing files, as far as those are allowed."""
     snapshot = wanted.load_snapshot or None
     read_only = wanted.read_only or wanted.media is config.Media.CDROM or snapshot is not None
-    opener = unsafe_file if wanted.unsafe else HostFile
-    image = Qcow2Image(wanted.file, read_only, Chain(wanted.backing_allowed), opener, snapshot=snapshot)
+    read_only |= wanted.inactive
+    opener = unsafe_file if wanted.unsafe else open_file
+    chain, locked = Chain(wanted.backing_allowed), not wanted.inactive
+    image = Qcow2Image(wanted.file, read_only, chain, opener, locked, snapshot)
     if image.size % DISK_SECTOR or not image.size:
         size = image.size
         image.close()
@@ -196,35 +202,41 @@ def open_probed(wanted: config.Export) -> Image:
     found to be raw is kept from becoming anything else."""
     if probe(wanted.file) == "qcow2":
         return open_qcow2(wanted)
-    if wanted.read_only or wanted.load_snapshot or wanted.media is config.Media.CDROM:
+    if wanted.read_only or wanted.load_snapshot or wanted.media is config.Media.CDROM or wanted.inactive:
         return open_raw(wanted)
     log.warning(
         "%s: no format was given, and raw was guessed; say format=raw to lift limits on block 0", wanted.file
     )
-    return ProbedRawImage(wanted.file, granularity=DISK_SECTOR if wanted.sectors else 1)
+    kind = ProbedNbdImage if is_network_name(wanted.file) else ProbedRawImage
+    return kind(wanted.file, granularity=DISK_SECTOR if wanted.sectors else 1)
+
+
+def _check_start(image: Image, offset: int, data: Buffer) -> None:
+    """EPERM when a write would make the first bytes of a raw disk those of another format."""
+    if offset < len(MAGIC):
+        start = bytearray(len(MAGIC))
+        image.read_into(0, memoryview(start))
+        new = bytes(data[: len(MAGIC) - offset])
+        start[offset : offset + len(new)] = new
+        if bytes(start) == MAGIC:
+            text = f"{image.file}: block 0 would make it look like qcow2; say format=raw"
+            raise OSError(errno.EPERM, text)
 
 
 class ProbedRawImage(RawImage):
-    """A raw disk whose first bytes cannot be made those of another format."""
-
-    judged_below = len(MAGIC)
+    """A raw disk that stays one."""
 
     def write(self, offset: int, data: Buffer, fua: bool = False) -> None:
-        if offset < len(MAGIC):
-            start = bytearray(len(MAGIC))
-            self.read_into(0, memoryview(start))
-            new = bytes(data[: len(MAGIC) - offset])
-            start[offset : offset + len(new)] = new
-            if bytes(start) == MAGIC:
-                raise OSError(
-                    errno.EPERM, f"{self.file}: block 0 would make it look like qcow2; say format=raw"
-                )
+        _check_start(self, offset, data)
         super().write(offset, data, fua)
 
 
-def unsafe_file(file: str, read_only: bool) -> HostFile:
-    """A file whose flushes do nothing."""
-    return HostFile(file, read_only, unsafe=True)
+class ProbedNbdImage(NbdImage):
+    """The same on a server."""
+
+    def write(self, offset: int, data: Buffer, fua: bool = False) -> None:
+        _check_start(self, offset, data)
+        super().write(offset, data, fua)
 
 
 def open_throwaway(wanted: config.Export) -> Image:
@@ -236,7 +248,7 @@ def open_throwaway(wanted: config.Export) -> Image:
     folder = tempfile.mkdtemp(prefix="atoll-")
     layer = os.path.join(folder, "layer.qcow2")
     try:
-        file = os.path.abspath(wanted.file)
+        file = absolute_name(wanted.file)
         create(layer, Options(size, backing_file=file, backing_format=image_format))
         image = Qcow2Image(layer, False, Chain((file, *wanted.backing_allowed)), unsafe_file)
     finally:
@@ -295,9 +307,9 @@ class ExportTable:
         with self._lock:
             return list(self._exports.values())
 
-    def open(self, wanted: config.Export) -> Export:
+    def open(self, wanted: config.Export, opener: Callable[[config.Export], Image] = open_image) -> Export:
         """Open an export; one of that name that is open is retired, and only if the new file is good."""
-        image = open_image(wanted)
+        image = opener(wanted)
         with self._lock:
             epoch = self._epochs.get(wanted.id, 0) + 1
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from blockd import opening
 from blockd.img import common
 from blockd.qcow2.check import Report, check, repair
 from blockd.qcow2.image import Qcow2Image
@@ -23,7 +24,7 @@ def run(arguments: list[str]) -> int:
     parser.ignored("-T")
     parser.add_argument("file")
     given = parser.parse_intermixed_args(arguments)
-    if (given.format or common.probe(given.file)) != "qcow2":
+    if (given.format or opening.probe(given.file)) != "qcow2":
         print("atoll img: raw images cannot be checked", file=sys.stderr)
         return NOT_SUPPORTED
     image = Qcow2Image(

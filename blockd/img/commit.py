@@ -59,11 +59,7 @@ def _grow(base: Image, disk_size: int) -> None:
     """The backing file may be shorter than the image."""
     if base.size >= disk_size:
         return
-    if isinstance(base, Qcow2Image):
-        operations.resize(base, disk_size)
-    else:
-        os.truncate(base.file, disk_size)
-        base.size = disk_size
+    base.resize(disk_size)
 
 
 def _copy(image: Qcow2Image, base: Image, progress: common.Progress) -> None:

@@ -10,15 +10,15 @@ import re
 import sys
 from typing import Any, NoReturn
 
-from blockd.hostfile import HostFile
+from blockd import opening
 from blockd.image import Image
 from blockd.locks import lock_image
+from blockd.opening import FORMATS, probe
 from blockd.qcow2.backing import Chain
-from blockd.qcow2.image import Qcow2Image, probe
-from blockd.raw import RawImage
+from blockd.qcow2.image import Qcow2Image
 from coordinator.contract.errors import BlockError, UsageError
+from coordinator.contract.nbd import is_network_name
 
-FORMATS = ("raw", "qcow2")
 _UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50, "e": 1 << 60}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([bkmgtpe]?)", re.IGNORECASE)
 
@@ -82,11 +82,6 @@ def print_json(value: object) -> None:
     print(json.dumps(value, indent=4))
 
 
-def unsafe_file(file: str, read_only: bool) -> HostFile:
-    """A file that is made durable once, at the end."""
-    return HostFile(file, read_only, unsafe=True)
-
-
 def open_image(
     file: str,
     image_format: str | None = None,
@@ -95,13 +90,10 @@ def open_image(
     **how: Any,
 ) -> Image:
     """An image; without a format, what it claims to be."""
-    if (image_format or probe(file)) == "qcow2":
-        return Qcow2Image(file, read_only, Chain(tuple(allowed or ())), **how)
-    if how.get("snapshot"):
-        raise BlockError(f"{file}: a raw image has no snapshots", errno.ENOTSUP)
-    if image_format is None and not read_only:
+    known = image_format or probe(file)
+    if image_format is None and known == "raw" and not read_only:
         print(f"atoll img: warning: {file}: no format was given, and raw was guessed", file=sys.stderr)
-    return RawImage(file, read_only, granularity=512, pad=True)
+    return opening.open_image(file, known, read_only, pad=True, chain=Chain(tuple(allowed or ())), **how)
 
 
 def open_qcow2(file: str, image_format: str | None, read_only: bool, what: str, **how: Any) -> Qcow2Image:
@@ -113,8 +105,15 @@ def open_qcow2(file: str, image_format: str | None, read_only: bool, what: str, 
     return image
 
 
+def refuse_to_create(file: str) -> None:
+    """BlockError for an export, which only its server can make."""
+    if is_network_name(file):
+        raise BlockError(f"{file}: cannot be created over NBD", errno.ENOTSUP)
+
+
 def make_raw(file: str, disk_size: int) -> None:
     """A raw image of zeroes; what was there is gone."""
+    refuse_to_create(file)
     try:
         fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:

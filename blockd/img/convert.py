@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from blockd.hostfile import HostFile
+from blockd import opening
 from blockd.image import Image
 from blockd.img import common
 from blockd.img.create import parse_options, preallocate, qcow2_options
@@ -18,6 +18,7 @@ from blockd.qcow2.compression import compress
 from blockd.qcow2.create import create
 from blockd.qcow2.image import Qcow2Image
 from coordinator.contract.errors import BlockError, UsageError
+from coordinator.contract.nbd import is_network_name
 
 #: read at once
 CHUNK = 2 << 20
@@ -78,6 +79,8 @@ def run(arguments: list[str]) -> int:
 
 def _create(given: common.argparse.Namespace, target_format: str, disk_size: int) -> None:
     named = parse_options(given.options)
+    if is_network_name(given.target):
+        raise BlockError(f"{given.target}: an export cannot be created; -n writes to one that is there", 95)
     if target_format == "raw":
         common.make_raw(given.target, disk_size)
         return
@@ -92,7 +95,7 @@ def _create(given: common.argparse.Namespace, target_format: str, disk_size: int
 def _copy(source: Image, given: common.argparse.Namespace, target_format: str) -> None:
     progress = common.Progress(given.progress and not given.quiet, source.size)
     if target_format == "raw":
-        host = HostFile(given.target)
+        host = opening.open_file(given.target)
         try:
             if host.size() < source.size:
                 raise BlockError(f"{given.target}: is smaller than the source", errno.ENOSPC)
@@ -105,7 +108,7 @@ def _copy(source: Image, given: common.argparse.Namespace, target_format: str) -
         return
     allowed = ["*"] if given.backing is not None else given.allow_backing
     target = common.open_image(
-        given.target, "qcow2", read_only=False, allowed=allowed, open_file=common.unsafe_file
+        given.target, "qcow2", read_only=False, allowed=allowed, open_file=opening.unsafe_file
     )
     assert isinstance(target, Qcow2Image)
     try:
@@ -121,7 +124,7 @@ def _copy(source: Image, given: common.argparse.Namespace, target_format: str) -
         target.flush()
     finally:
         target.close()
-    host = HostFile(given.target)
+    host = opening.open_file(given.target)
     host.sync()
     host.close()
     progress.end()

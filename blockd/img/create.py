@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 
+from blockd import opening
 from blockd.hostfile import HostFile
 from blockd.img import common
 from blockd.qcow2.backing import Chain, plain_path, resolve
@@ -94,6 +95,7 @@ def run(arguments: list[str]) -> int:
         named["size"] = given.size
     if given.format in (None, "raw"):
         return _raw(given.file, named, given.quiet)
+    common.refuse_to_create(given.file)
     options, preallocation = qcow2_options(-1, named)
     if options.backing_file is not None and not given.unchecked:
         _check_backing(given.file, options, given.allow_backing)
@@ -134,7 +136,8 @@ def _check_backing(file: str, options: Options, allowed: list[str]) -> None:
     if options.backing_format is None:
         raise UsageError("create: the format of the backing file is needed (-F)")
     if plain_path(file, options.backing_file) is None:
-        raise BlockError(f"backing file {options.backing_file!r} is no plain file name", errno.EINVAL)
+        text = f"backing file {options.backing_file!r} is no plain file name and no NBD export"
+        raise BlockError(text, errno.EINVAL)
     path = resolve(file, options.backing_file, ("*",))
     image = common.open_image(path, options.backing_format, allowed=allowed)
     if options.size < 0:
@@ -144,7 +147,7 @@ def _check_backing(file: str, options: Options, allowed: list[str]) -> None:
 
 def preallocate(file: str, how: str, start: int = 0) -> None:
     """Give all clusters from ``start`` on their place: in the tables, on the disk too, or by writing."""
-    image = Qcow2Image(file, open_file=common.unsafe_file, chain=Chain(("*",)))
+    image = Qcow2Image(file, open_file=opening.unsafe_file, chain=Chain(("*",)))
     try:
         image.preallocate(start, image.size - start)
         if how != "metadata":

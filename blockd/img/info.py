@@ -6,11 +6,13 @@ import os
 import time
 from typing import Any
 
+from blockd import opening
 from blockd.img import common
 from blockd.qcow2 import bitmaps, snapshots
 from blockd.qcow2.backing import Chain, plain_path, resolve
 from blockd.qcow2.header import Autoclear, Compatible, Incompatible
 from blockd.qcow2.image import Qcow2Image
+from coordinator.contract.nbd import is_network_name
 
 
 def run(arguments: list[str]) -> int:
@@ -57,7 +59,7 @@ def _describe(file: str, image_format: str | None, given: Any) -> list[dict[str,
 
 def _how(given: Any, file: str, image_format: str | None) -> dict[str, Any]:
     """Nothing below the image is opened, and what is damaged is shown as it is."""
-    if (image_format or common.probe(file)) == "qcow2":
+    if (image_format or opening.probe(file)) == "qcow2":
         return {"backed": False, "repair": True, "locked": not given.force_share}
     return {}
 
@@ -68,9 +70,10 @@ def _row(image: Any, file: str) -> dict[str, Any]:
         "virtual-size": image.size,
         "filename": file,
         "format": image.format,
-        "actual-size": os.stat(file).st_blocks * 512,
         "dirty-flag": False,
     }
+    if not is_network_name(file):
+        row["actual-size"] = os.stat(file).st_blocks * 512
     if not isinstance(image, Qcow2Image):
         return row
     header = image.header
@@ -142,7 +145,7 @@ def _text(row: dict[str, Any]) -> str:
         f"image: {row['filename']}",
         f"file format: {row['format']}",
         f"virtual size: {common.human(row['virtual-size'])} ({row['virtual-size']} bytes)",
-        f"disk size: {common.human(row['actual-size'])}",
+        f"disk size: {common.human(row['actual-size']) if 'actual-size' in row else 'unavailable'}",
     ]
     if row["dirty-flag"]:
         lines.append("cleanly shut down: no")

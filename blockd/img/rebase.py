@@ -35,7 +35,7 @@ def run(arguments: list[str]) -> int:
     if name is not None and given.backing_format is None:
         raise UsageError("rebase: the format of the backing file is needed (-F)")
     if name is not None and plain_path(given.file, name) is None:
-        raise BlockError(f"backing file {name!r} is no plain file name", errno.EINVAL)
+        raise BlockError(f"backing file {name!r} is no plain file name and no NBD export", errno.EINVAL)
     image = common.open_qcow2(
         given.file, given.format, False, "backing file", allowed=given.allow_backing, backed=not given.unsafe
     )

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
 
 from blockd.img import common
 from blockd.img.create import PREALLOCATION, preallocate
-from blockd.qcow2 import operations
 from blockd.qcow2.image import Qcow2Image
 from coordinator.contract.errors import BlockError, UsageError
 
@@ -33,10 +31,7 @@ def run(arguments: list[str]) -> int:
         new = _size(given.size, old)
         if new < old and not given.shrink:
             raise BlockError("Use the --shrink option to perform a shrink operation.", errno.EINVAL)
-        if isinstance(image, Qcow2Image):
-            operations.resize(image, new)
-        else:
-            os.truncate(given.file, new)
+        image.resize(new)
     finally:
         image.close()
     if given.preallocation != "off" and new > old:

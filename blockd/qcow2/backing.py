@@ -2,7 +2,7 @@
 
 An image comes from anywhere, and the name in its header is not the user's word. So a backing file is
 opened without being asked for only when it is a plain file in the folder of the image that names it (or
-below); anything else must lie in a place that the user has allowed.
+below); anything else must lie in a place that the user has allowed, and so must an NBD server.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+from blockd.hostfile import Identity
 from blockd.image import Image
+from blockd.nbd import uri
 from coordinator.contract.errors import BlockError
+from coordinator.contract.nbd import is_network_name
 
 MAX_DEPTH = 200
 _PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
@@ -23,12 +26,12 @@ _PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 class Chain(NamedTuple):
     """What holds for all images of one chain."""
 
-    #: files, and folders with all below them, that may be used; "*" stands for every file
+    #: files, folders with all below them, and NBD exports, that may be used; "*" stands for everything
     allowed: tuple[str, ...] = ()
-    #: (device, inode) of the images above
-    above: tuple[tuple[int, int], ...] = ()
+    #: what the images above are
+    above: tuple[Identity, ...] = ()
 
-    def below(self, file: str, identity: tuple[int, int]) -> Chain:
+    def below(self, file: str, identity: Identity) -> Chain:
         """The chain as the backing file of ``file`` sees it. BlockError for a loop, or without end."""
         if identity in self.above:
             raise BlockError(f"{file}: its chain of backing files is a loop", errno.ELOOP)
@@ -38,21 +41,36 @@ class Chain(NamedTuple):
 
 
 def plain_path(image: str, name: str) -> str | None:
-    """The path that a backing file name means, as seen from the image; None when it is no file name."""
+    """What a backing file name means, as seen from the image: a path, or the name of an NBD export. None when
+    it is neither."""
+    if is_network_name(name):
+        return name
     if _PROTOCOL.match(name):
         if not name.startswith("file:"):
             return None
         name = name[len("file:") :]
+    if is_network_name(image):  # which lies in no folder
+        return name if os.path.isabs(name) else None
     return os.path.join(os.path.dirname(os.path.realpath(image)), name)
 
 
 def resolve(image: str, name: str, allowed: tuple[str, ...], what: str = "backing file") -> str:
-    """The path of a backing or data file; BlockError when the user has not allowed it."""
+    """The path of a backing or data file, or the name of an export; BlockError when the user has not allowed
+    it."""
     path = plain_path(image, name)
     if path is None:
-        raise BlockError(f"{image}: {what} {name!r} is no plain file name; refused", errno.EACCES)
+        text = f"{image}: {what} {name!r} is no plain file name and no NBD export; refused"
+        raise BlockError(text, errno.EACCES)
+    if is_network_name(path):
+        export = uri.allowed_by(path, allowed)
+        if export is None:
+            text = f"{image}: {what} {name!r} is on a server, so it is refused; allow-backing={name} allows it"
+            raise BlockError(text, errno.EACCES)
+        return export
     real = os.path.realpath(path)
-    places = (os.path.dirname(os.path.realpath(image)), *(os.path.realpath(p) for p in allowed if p != "*"))
+    places = [os.path.realpath(place) for place in allowed if place != "*" and not is_network_name(place)]
+    if not is_network_name(image):
+        places.append(os.path.dirname(os.path.realpath(image)))
     if "*" not in allowed and not any(_within(real, place) for place in places):
         text = f"{image}: {what} {name!r} lies outside the image's folder; allow-backing=PLACE allows it"
         raise BlockError(text, errno.EACCES)

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from blockd import opening
 from blockd.batch import Direct
 from blockd.hostfile import HostFile
 from blockd.image import Buffer, Extent, Image
-from blockd.locks import lock_image
 from blockd.qcow2 import backing, header, operations, snapshots
 from blockd.qcow2.compression import decompress
 from blockd.qcow2.direct import DirectClusters
@@ -29,7 +28,6 @@ from blockd.qcow2.refcounts import Clusters, Refcounts
 from blockd.qcow2.tables import DATA, OFFSET, PACKED, UNALLOCATED, ZEROES, Mapping
 from blockd.qcow2.tracking import Tracker
 from blockd.qcow2.writer import Writer
-from blockd.raw import RawImage
 from coordinator.contract.errors import BlockError
 
 log = logging.getLogger(__name__)
@@ -56,7 +54,7 @@ class Qcow2Image(Image):
         file: str,
         read_only: bool = False,
         chain: backing.Chain | None = None,
-        open_file: OpenFile = HostFile,
+        open_file: OpenFile = opening.open_file,
         locked: bool = True,
         snapshot: str | None = None,
         repair: bool = False,
@@ -75,7 +73,7 @@ class Qcow2Image(Image):
         self.data = self.host
         self.backing: Image | None = None
         try:
-            if locked and not lock_image(self.host.fd, file, not read_only):
+            if locked and not self.host.lock(not read_only):
                 log.warning("%s: its file system has no locks; nothing keeps a second writer away", file)
             self.header = self._read_header(repair)
             if snapshot is not None:
@@ -137,7 +135,7 @@ class Qcow2Image(Image):
             raise BlockError(f"{self.file}: is its own data file", errno.ELOOP)
         try:
             if locked:
-                lock_image(data.fd, path, not self.read_only)
+                data.lock(not self.read_only)
         except BaseException:
             data.close()
             raise
@@ -262,7 +260,7 @@ class Qcow2Image(Image):
             pieces = self._locate(offset, length)
         for kind, at, size, where in pieces:
             if kind == DATA:
-                os.posix_fadvise(self.data.fd, where, size, os.POSIX_FADV_WILLNEED)
+                self.data.prefetch(where, size)
             elif kind == UNALLOCATED and self.backing is not None and offset + at < self.backing.size:
                 self.backing.prefetch(offset + at, min(size, self.backing.size - offset - at))
 
@@ -409,22 +407,5 @@ def read_below(image: Image, offset: int, view: memoryview) -> None:
         view[inside:] = bytes(len(view) - inside)
 
 
-def _open_below(path: str, image_format: str | None, chain: backing.Chain) -> Image:
-    if image_format is None:
-        image_format = probe(path)
-    if image_format == "qcow2":
-        return Qcow2Image(path, read_only=True, chain=chain)
-    if image_format == "raw":
-        return RawImage(path, read_only=True, granularity=512, pad=True)
-    raise BlockError(f"{path}: format {image_format!r} is not supported (qcow2 and raw are)", errno.ENOTSUP)
-
-
-def probe(path: str) -> str:
-    """The format that a file claims to have: qcow2 by its magic number, else raw."""
-    host = HostFile(path, read_only=True)
-    try:
-        return "qcow2" if header.is_qcow2(host.read(0, 4)) else "raw"
-    except OSError as error:
-        raise BlockError(f"{path}: cannot be read: {error.strerror or error}", error.errno or 5) from None
-    finally:
-        host.close()
+def _open_below(file: str, image_format: str | None, chain: backing.Chain) -> Image:
+    return opening.open_image(file, image_format, read_only=True, pad=True, chain=chain)

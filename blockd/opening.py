@@ -1,0 +1,68 @@
+"""Opening what a name means, a file or an NBD server's export: the one way for all callers."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+from blockd.hostfile import HostFile
+from blockd.image import Image
+from blockd.nbd.file import NbdFile
+from blockd.nbd.remote import NbdImage
+from blockd.qcow2 import header
+from blockd.raw import RawImage
+from coordinator.contract.errors import BlockError
+from coordinator.contract.nbd import is_network_name
+
+FORMATS = ("raw", "qcow2")
+
+
+def open_file(file: str, read_only: bool = False, unsafe: bool = False) -> HostFile:
+    """The file that an image lies in. With ``unsafe`` it is never made durable."""
+    kind = NbdFile if is_network_name(file) else HostFile
+    return kind(file, read_only, unsafe)
+
+
+def unsafe_file(file: str, read_only: bool) -> HostFile:
+    """A file that is worthless when half made."""
+    return open_file(file, read_only, unsafe=True)
+
+
+def probe(file: str) -> str:
+    """The format that a file claims to have: qcow2 by its magic number, else raw."""
+    host = open_file(file, read_only=True)
+    try:
+        return "qcow2" if header.is_qcow2(host.read(0, min(4, host.size()))) else "raw"
+    except OSError as error:
+        raise BlockError(f"{file}: cannot be read: {error.strerror or error}", error.errno or 5) from None
+    finally:
+        host.close()
+
+
+def open_raw_image(file: str, read_only: bool = False, granularity: int = 512, pad: bool = False) -> Image:
+    """A raw image: see RawImage, and NbdImage."""
+    kind = NbdImage if is_network_name(file) else RawImage
+    return kind(file, read_only, granularity, pad)
+
+
+def open_image(
+    file: str,
+    image_format: str | None = None,
+    read_only: bool = False,
+    granularity: int = 512,
+    pad: bool = False,
+    **how: Any,
+) -> Image:
+    """An image of a format; without one, of the format that it claims to have. ``granularity`` and ``pad``
+    are for raw images, ``how`` (see Qcow2Image) for qcow2. BlockError in one line when that cannot be."""
+    image_format = image_format or probe(file)
+    if image_format == "qcow2":
+        from blockd.qcow2.image import Qcow2Image  # it needs this module
+
+        return Qcow2Image(file, read_only, **how)
+    if image_format != "raw":
+        text = f"{file}: format {image_format!r} is not supported ({' and '.join(FORMATS)} are)"
+        raise BlockError(text, errno.ENOTSUP)
+    if how.get("snapshot"):
+        raise BlockError(f"{file}: a raw image has no snapshots", errno.ENOTSUP)
+    return open_raw_image(file, read_only, granularity, pad)
