@@ -226,6 +226,8 @@ def _check_start(image: Image, offset: int, data: Buffer) -> None:
 class ProbedRawImage(RawImage):
     """A raw disk that stays one."""
 
+    judged_below = len(MAGIC)
+
     def write(self, offset: int, data: Buffer, fua: bool = False) -> None:
         _check_start(self, offset, data)
         super().write(offset, data, fua)
