@@ -36,6 +36,10 @@ class Slot:
     hazards: dict[str, int] = field(default_factory=dict)
     #: descriptor index of each (range, offset), made once and reused when a BAR moves
     descriptors: dict[tuple[str, int], int] = field(default_factory=dict)
+    #: asked (range, offset, data written or None) before a sync access; True: not now, the vCPU asks again
+    gate: Callable[[str, int, bytes | None], bool] | None = None
+    #: told when an event of the device has ended
+    settled: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,8 @@ class Bus:
             self._store(slot)
             self.segment.storing_shadows(self.host, False)
         self._perform()
+        if slot.settled:
+            slot.settled()
 
     def _store(self, slot: Slot) -> None:
         device = slot.device
@@ -187,6 +193,9 @@ class Bus:
                 self._store(slot)
         self.segment.storing_shadows(self.host, False)
         self._perform()
+        for slot in self.slots.values():
+            if slot.settled:
+                slot.settled()
 
     def _window(self, space: int, addr: int) -> Window | None:
         if space == SPACE_PORT:
@@ -195,6 +204,13 @@ class Bus:
             if window.base <= addr < window.base + window.size:
                 return window
         return None
+
+    def holds(self, space: int, addr: int, data: bytes | None) -> bool:
+        """Whether a sync access (``data``: what it writes) must wait."""
+        window = self._window(space, addr) if space != SPACE_INTA else None
+        if window is None or window.slot.gate is None:
+            return False
+        return window.slot.gate(window.range_name, addr - window.base, data)
 
     def read(self, space: int, addr: int, width: int, count: int) -> bytes:
         """A sync read: ``count`` items of ``width`` bytes, little-endian."""

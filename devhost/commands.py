@@ -9,6 +9,7 @@ from coordinator.contract import messages
 from coordinator.contract.errors import UsageError
 from devhost.chips.keycodes import QCODES
 from devhost.pc import Pc
+from devhost.quiesce import Quiesce
 from devhost.vga.render import render
 
 NS_PER_MS = 1_000_000
@@ -20,12 +21,13 @@ class Commands:
 
     def __init__(self, pc: Pc) -> None:
         self._pc = pc
+        self._quiesce = Quiesce(pc)
         self._table: dict[type[messages.Command], Callable[[Any], Any]] = {
             messages.Run: self._run,
             messages.Stop: self._stop,
-            messages.Reset: lambda command: pc.power_on(),
+            messages.Reset: self._reset,
             messages.SaveState: lambda command: pc.save(),
-            messages.LoadState: lambda command: pc.load(command.records),
+            messages.LoadState: self._load,
             messages.DescribeChip: self._describe,
             messages.PowerButton: lambda command: pc.pm.press_power_button(),
             messages.SendKeys: self._send_keys,
@@ -35,6 +37,7 @@ class Commands:
             messages.CloseTray: lambda command: pc.drives.close_tray(command.drive),
             messages.InsertMedium: lambda command: pc.drives.insert(command.drive),
             messages.QueryDrives: lambda command: pc.drives.describe(),
+            **self._quiesce.table(),
         }
 
     def handle(self, command: messages.AnyCommand) -> Any:
@@ -44,14 +47,29 @@ class Commands:
         return action(command)
 
     def _run(self, command: messages.Run) -> None:
+        self._quiesce.running()
         for slot in self._pc.slots.values():
             slot.device.resume()
 
-    def _stop(self, command: messages.Stop) -> None:
-        """Pause every device; block requests in flight end before the answer."""
+    def _pause(self) -> None:
         for slot in self._pc.slots.values():
             slot.device.pause()
+
+    def _stop(self, command: messages.Stop) -> None:
+        """Pause every device; block requests in flight end before the answer."""
+        self._quiesce.stopped()
+        self._pause()
         self._pc.service.drain(lambda: all(slot.device.paused() for slot in self._pc.slots.values()))
+
+    def _reset(self, command: messages.Reset) -> None:
+        self._quiesce.end_drain()
+        self._quiesce.disarm()
+        self._pc.power_on()
+
+    def _load(self, command: messages.LoadState) -> None:
+        """Nothing moves, no request is made and no choice taken before Run."""
+        self._pause()
+        self._pc.load(command.records)
 
     def _describe(self, command: messages.DescribeChip) -> str:
         if command.what == "pic":

@@ -54,6 +54,7 @@ class Drives:
         else:
             assert backend is not None, "a disk has an image"
             drive = AtaDrive(backend, serial=config.serial)
+        drive.policy = config.policy
         self.by_id[config.id] = drive
         return drive
 

@@ -26,7 +26,7 @@ from coordinator.contract.codec import encode
 from coordinator.contract.config import DevhostConfig, bus_endpoint, nbd_socket
 from coordinator.contract.errors import AtollError, IslandError, MessageError
 from coordinator.contract.island import Control, router
-from coordinator.contract.segment import Segment
+from coordinator.contract.segment import ATTN_CONTROL, Segment
 from devhost.block_backend import NbdBackend
 from devhost.block_client import BlockClient
 from devhost.bus import Bus
@@ -38,6 +38,10 @@ log = logging.getLogger(__name__)
 LONGEST_WAIT = 1.0
 #: how long block requests in flight may take to end when the machine stops, seconds
 DRAIN_SECONDS = 10.0
+#: how often it is looked whether a vCPU whose reply is kept back has been called, seconds
+LOOK_SECONDS = 0.001
+#: what ``handle`` returns when the answer comes later
+LATER = object()
 
 
 class SegmentClock:
@@ -69,6 +73,9 @@ class Service:
         self.backends: dict[str, NbdBackend] = {}
         self._counters = segment.host(config.index)
         self._running = True
+        self._in_access = self._keep_reply = False
+        #: replies kept back: (routing id, vCPU, frame)
+        self._kept: list[tuple[bytes, int, bytes]] = []
 
     def open_block_device(self, ident: str) -> NbdBackend:
         """Connect to the block daemon's export ``ident``; the loop serves it from now on."""
@@ -87,6 +94,8 @@ class Service:
             busy = self._serve_bus()
             busy |= self._apply_posted(None)
             busy |= self._fire_timers()
+            if self._kept:
+                self._release_called()
             if not busy:
                 # before the control socket is read to its end, since sending can swallow its edge
                 self.outlet.flush()
@@ -129,10 +138,11 @@ class Service:
         self.ring.sleeping(True)
         if self.ring.pending():
             return 0.0
+        longest = LOOK_SECONDS if self._kept else LONGEST_WAIT
         deadline = self.clock.wheel.next_deadline()
         if deadline is None or not self.segment.time_runs():
-            return LONGEST_WAIT
-        return max(0.0, min(LONGEST_WAIT, (deadline - self.clock.now()) / NS_PER_S))
+            return longest
+        return max(0.0, min(longest, (deadline - self.clock.now()) / NS_PER_S))
 
     def _fire_timers(self) -> bool:
         deadline = self.clock.wheel.next_deadline()
@@ -172,20 +182,54 @@ class Service:
             except MessageError as error:
                 log.error("bus: %s", error)
                 continue
-            reply = encode(messages.BusReply(serial=request.serial, data=self._access(request)))
-            try:
-                self.router.send_multipart((frames[0], reply))
-            except zmq.ZMQError as error:  # the vCPU is gone; the coordinator knows
-                log.error("bus: no way back to %s: %s", frames[0], error)
+            reply = encode(self._access(request))
+            if self._keep_reply:
+                self._keep_reply = False
+                self._kept.append((frames[0], request.vcpu, reply))
+            else:
+                self._reply(frames[0], reply)
 
-    def _access(self, request: messages.BusRequest) -> bytes:
+    def _reply(self, vcpu: bytes, reply: bytes) -> None:
+        try:
+            self.router.send_multipart((vcpu, reply))
+        except zmq.ZMQError as error:  # the vCPU is gone; the coordinator knows
+            log.error("bus: no way back to %s: %s", vcpu, error)
+
+    def _access(self, request: messages.BusRequest) -> messages.BusReply:
         """The access itself, behind the posted writes that were made before it."""
         self._apply_posted(min(request.ticket, self._counters.next_ticket))
+        if self.bus.holds(request.space, request.addr, request.data if request.write else None):
+            return messages.BusReply(serial=request.serial, data=b"", hold=True)
         self.segment.count_roundtrip(self.config.index, request.device)
-        if not request.write:
-            return self.bus.read(request.space, request.addr, request.width, request.count)
-        self.bus.write(request.space, request.addr, request.width, request.count, request.data)
-        return b""
+        self._in_access = True
+        data = b""
+        if request.write:
+            self.bus.write(request.space, request.addr, request.width, request.count, request.data)
+        else:
+            data = self.bus.read(request.space, request.addr, request.width, request.count)
+        self._in_access = False
+        return messages.BusReply(serial=request.serial, data=data)
+
+    def keep_reply(self) -> None:
+        """Do not let the vCPU whose access is in hand, if any, go on before it has been called out of the
+        guest: it is to stop behind this very access."""
+        self._keep_reply = self._in_access
+
+    def release_replies(self) -> None:
+        """Send the replies kept back."""
+        self._keep_reply = False
+        kept, self._kept = self._kept, []
+        for vcpu, _, reply in kept:
+            self._reply(vcpu, reply)
+
+    def _release_called(self) -> None:
+        """Send those whose vCPU leaves the guest at its next instruction."""
+        for entry in list(self._kept):
+            name, vcpu, reply = entry
+            known = 0 <= vcpu < self.segment.vcpus
+            if not known or self.segment.vcpu(vcpu).attention & ATTN_CONTROL:
+                self._kept.remove(entry)
+                self._reply(name, reply)
 
     def _serve_control(self) -> bool:
         worked = False
@@ -209,5 +253,6 @@ class Service:
             except AtollError as error:
                 self.control.answer(command, error=str(error))
             else:
-                self.control.answer(command, value)
+                if value is not LATER:
+                    self.control.answer(command, value)
             self.bus.publish_all()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from coordinator import chardev_spec
 from coordinator.chardev_spec import parse_device
-from coordinator.cli import drives, options
+from coordinator.cli import drives, options, properties
 from coordinator.cli.options import HelpWanted, KeyValues
 from coordinator.cli.settings import MonitorSpec, Settings
 from coordinator.contract.config import Boot, Machine, Media, Rtc
@@ -54,6 +54,7 @@ def _finish(s: Settings) -> None:
         raise UsageError(f"-accel {s.engines[0]} is not available: Atoll emulates; say -accel tcg")
     if s.snapshot:
         drives.throw_writes_away(s)
+    properties.apply(s)
     _default_devices(s)
     _share(s)
     if s.vga is None:
@@ -326,6 +327,7 @@ _VALUES: dict[str, Callable[[Settings, str], None]] = {
     "uuid": _uuid,
     "drive": drives.drive,
     "device": drives.device,
+    "global": properties.global_property,
     "boot": _boot,
     "bios": _set("bios"),
     "kernel": _set("kernel"),

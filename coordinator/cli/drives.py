@@ -6,10 +6,11 @@ import os
 
 import msgspec
 
-from coordinator.cli import options
+from coordinator.cli import options, properties
 from coordinator.cli.options import KeyValues
 from coordinator.cli.settings import Settings
 from coordinator.contract.config import DebugExit, Drive, Media
+from coordinator.contract.drives import PROPERTIES
 from coordinator.contract.errors import UsageError
 
 DRIVE_PROPERTIES = (
@@ -158,8 +159,10 @@ def _ide_device(s: Settings, kv: KeyValues, media: Media) -> None:
     index = int(bus[-1]) * 2 + unit if bus else _free_index(s)
     ident = kv.take("id") or (loose.id if loose else f"ide{index // 2}-cd{index % 2}")
     serial = kv.take("serial") or (loose.serial if loose else "")
+    driver = "ide-cd" if media is Media.CDROM else "ide-hd"
+    properties.take(s, kv, driver, ident)
     kv.ignore("bootindex", "model", "ver", "wwn")
-    kv.done(("drive", "bus", "unit", "id", "serial"))
+    kv.done(("drive", "bus", "unit", "id", "serial", *PROPERTIES[driver]))
     _add_drive(
         s,
         Drive(

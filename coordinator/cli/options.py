@@ -39,6 +39,11 @@ OPTIONS = (
     Option("hdd", "FILE", "disk image as secondary slave"),
     Option("drive", "file=F,if=ide,index=N,media=M,format=raw|qcow2,readonly=on|off,id=ID", "a drive"),
     Option("device", "DRIVER[,PROP=V]", "isa-debug-exit, ide-cd, ide-hd, VGA"),
+    Option(
+        "global",
+        "DRIVER.PROP=V",
+        "ide-cd, ide-hd: migrate-stream=full|v0, migrate-drain=off|MS, migrate-incomplete=restart|error|drop",
+    ),
     Option("boot", "[order=]cd[,menu=on]", "boot order: c disk, d CD-ROM"),
     Option("bios", "FILE", "firmware image; default SeaBIOS"),
     Option("kernel", "FILE", "boot a bzImage, multiboot or ELF kernel without firmware"),

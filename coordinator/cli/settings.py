@@ -51,3 +51,6 @@ class Settings:
     stats: str | None = None
     #: drives of if=none, waiting for their -device
     loose: dict[str, Drive] = field(default_factory=dict)
+    #: -global: (driver, property, value), and of -device by drive id: (property, value)
+    globals: list[tuple[str, str, str]] = field(default_factory=list)
+    own_properties: dict[str, list[tuple[str, str]]] = field(default_factory=dict)

@@ -96,12 +96,13 @@ class DescribeCpu(Command, frozen=True, tag="describecpu"):
 
 
 class SetDriveProperty(Command, frozen=True, tag="setdrive"):
-    """Device host: a property of -global, as text (see contract/drives.py). ``drive`` None: all drives that
-    have it. Value: the properties of each drive concerned, by drive id."""
+    """Device host: -global at run time, for one drive or all of a driver (words: contract/drives.py). Before
+    Stop, as that goes by them. Value: the properties of the drives concerned, by drive id."""
 
-    drive: str | None
+    driver: str
     name: str
     value: str
+    drive: str | None = None
 
 
 class DrainDrives(Command, frozen=True, tag="drain"):
@@ -223,6 +224,59 @@ class ResizeExport(Command, frozen=True, tag="resizeexport"):
     size: int
 
 
+class AcquireLeases(Command, frozen=True, tag="acquireleases"):
+    """blockd: open these exports, all or none, those that are written under leases (``Export.lease``). Value: a
+    list of dicts as of QueryExports."""
+
+    exports: tuple[Export, ...]
+
+
+class QueryLeases(Command, frozen=True, tag="queryleases"):
+    """blockd: value is a list of dicts: id, file, state ("held", "transferring", "lost", "awaited", or "none"
+    where the folder cannot keep one), and where there is one epoch, token and transfer."""
+
+
+class PrepareTransfer(Command, frozen=True, tag="preparetransfer"):
+    """blockd of the source: drain and close the exports of all leased images and mark the leases. ``images``
+    may name them, which must be all. Value: dict with transfer, epoch, decision (path of the record to be)
+    and images (as of QueryLeases). After an error everything is as before."""
+
+    transfer: str
+    images: tuple[str, ...] = ()
+
+
+class ReleaseTransfer(Command, frozen=True, tag="releasetransfer"):
+    """blockd of the source: the commit point; ``epoch`` as PrepareTransfer told it. Value: dict with transfer,
+    epoch and decision. After an error ask again, or AbortTransfer, which finds out for certain."""
+
+    transfer: str
+    epoch: int
+
+
+class AbortTransfer(Command, frozen=True, tag="aborttransfer"):
+    """blockd of the source: everything is as before PrepareTransfer when this is answered, and a PrepareTransfer
+    of this transfer that comes later is refused. An error after the commit point."""
+
+    transfer: str
+
+
+class CheckTransfer(Command, frozen=True, tag="checktransfer"):
+    """blockd of the destination, between PrepareTransfer and ReleaseTransfer: are the images that are awaited
+    here those of the transfer, and is the folder of its decision here? Value: a list of dicts with id, file,
+    epoch and token, to be compared with the source's."""
+
+    transfer: str
+
+
+class GrantTransfer(Command, frozen=True, tag="granttransfer"):
+    """blockd of the destination, after the commit point: take the leases, all or none, open the images again
+    and serve writes. ``epoch`` as released. Value: a list of dicts as of QueryLeases. May be asked again after
+    an error."""
+
+    transfer: str
+    epoch: int
+
+
 class QueryExports(Command, frozen=True, tag="queryexports"):
     """blockd: value is a list of dicts (id, file, format, size, read_only, reads, writes, ...)."""
 
@@ -264,6 +318,13 @@ AnyCommand = (
     | InsertMedium
     | OpenExport
     | CloseExport
+    | AcquireLeases
+    | QueryLeases
+    | PrepareTransfer
+    | ReleaseTransfer
+    | AbortTransfer
+    | CheckTransfer
+    | GrantTransfer
     | ResizeExport
     | QueryExports
     | IdentifyExport

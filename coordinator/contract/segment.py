@@ -24,6 +24,7 @@ PAGE: int = lib.SEG_PAGE
 NO_OFFSET: int = lib.SEG_NO_OFFSET
 #: in a shadow: reading the register would have an effect now, so it is a sync access
 SHADOW_ASK: int = lib.SEG_SHADOW_ASK
+ATTN_CONTROL: int = lib.ATTN_CONTROL
 #: 1 GHz: one tick a nanosecond
 DEFAULT_TSC_KHZ = 1_000_000
 #: index 0 of registers, hazards and devices means "none"

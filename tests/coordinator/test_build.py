@@ -13,6 +13,7 @@ from coordinator.cli import build, files
 from coordinator.cli.options import OPTIONS, HelpWanted
 from coordinator.cli.settings import Settings
 from coordinator.contract.config import Media
+from coordinator.contract.drives import DrivePolicy, Incomplete, Stream
 from coordinator.contract.errors import ConfigError, UsageError
 
 
@@ -289,3 +290,48 @@ def test_initrd_names(tmp_path: Path) -> None:
     files.check(build.settings(["-kernel", str(kernel), "-initrd", f"{kernel} some words,{kernel}"]))
     with pytest.raises(ConfigError, match="none: no such file"):
         files.check(build.settings(["-kernel", str(kernel), "-initrd", f"{kernel} words,{tmp_path}/none"]))
+
+
+def policies(*arguments: str) -> dict[str, DrivePolicy]:
+    return {drive.driver: drive.policy for drive in build.settings(list(arguments)).drives}
+
+
+def test_global_properties_of_drives_wherever_they_stand() -> None:
+    found = policies(
+        "-global", "ide-cd.migrate-stream=v0", "-cdrom", "a.iso", "-hda", "b.img",
+        "-global", "driver=ide-cd,property=migrate-drain,value=250",
+        "-global", "ide-cd.migrate-incomplete=drop", "-global", "ide-hd.migrate-drain=90",
+    )  # fmt: skip
+    assert found["ide-cd"] == DrivePolicy(Stream.V0, 250, Incomplete.DROP)
+    assert found["ide-hd"] == DrivePolicy(Stream.FULL, 90, Incomplete.ERROR)
+    assert policies("-cdrom", "a.iso") == {"ide-cd": DrivePolicy(Stream.FULL, None, Incomplete.ERROR)}
+
+
+def test_a_device_has_properties_of_its_own() -> None:
+    found = policies(
+        "-drive", "if=none,id=cd,media=cdrom,file=a.iso",
+        "-device", "ide-cd,drive=cd,migrate-incomplete=restart,migrate-drain=off",
+        "-global", "ide-cd.migrate-incomplete=drop", "-global", "ide-cd.migrate-drain=7",
+    )  # fmt: skip
+    assert found == {"ide-cd": DrivePolicy(Stream.FULL, None, Incomplete.RESTART)}
+
+
+@pytest.mark.parametrize(
+    ("value", "choices"),
+    [
+        ("ide-cd.migrate-stream=v1", "full, v0"),
+        ("ide-cd.migrate-incomplete=", "restart, error, drop"),
+        ("ide-cd.migrate-drain=-1", "off, or milliseconds"),
+        ("ide-cd.migrate-drain=600001", "off, or milliseconds"),
+        ("ide-cd.migrate-drain=9999999999999999999", "off, or milliseconds"),
+        ("ide-hd.migrate-stream=v0", "choose one of full"),
+        ("ide-hd.migrate-incomplete=drop", "migrate-stream, migrate-drain"),
+        ("ide-cd.migrate", "ide-cd.migrate-stream=full"),
+        ("ide-dvd.migrate-stream=full", "ide-cd, ide-hd"),
+        ("driver=ide-cd,property=migrate-stream", "value"),
+    ],
+)
+def test_wrong_global_properties_name_the_choices(value: str, choices: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        build.settings(["-global", value])
+    assert choices in str(raised.value) and "\n" not in str(raised.value)
