@@ -14,10 +14,12 @@ import sys
 import setproctitle
 import zmq
 
+from blockd.lease.record import Owner
 from blockd.service import Service
 from coordinator.contract import config, messages
 from coordinator.contract.errors import AtollError, UsageError
 from coordinator.contract.island import Control, enter
+from coordinator.contract.nbd import absolute_name
 
 log = logging.getLogger(__name__)
 
@@ -34,13 +36,15 @@ def main(start: config.BlockdConfig) -> None:
     control = Control(zmq.Context.instance(), start.runtime, ROLE)
     status = 0
     try:
-        service = Service()
+        service = Service(owner=Owner(start.uuid, start.vm))
         service.end_on_signal(signal.SIGTERM)
-        for export in start.exports:
-            service.exports.open(export)
-        service.listen(config.nbd_socket(start.runtime))
-        control.hello()
-        service.run(control)
+        try:
+            service.leased.open_all(start.exports)
+            service.listen(config.nbd_socket(start.runtime))
+            control.hello()
+            service.run(control)
+        finally:
+            service.leased.close_all()
     except AtollError as error:
         log.error("%s", error)
         control.notify(messages.Failed(error=str(error)))
@@ -71,7 +75,7 @@ def parse_export(text: str) -> config.Export:
         raise UsageError(f"--export {text}: media= takes disk or cdrom") from None
     allowed = (values["allow-backing"],) if values["allow-backing"] else ()
     read_only = values["ro"] == "on"
-    return config.Export(name, os.path.abspath(file), values["format"], read_only, media, allowed)
+    return config.Export(name, absolute_name(file), values["format"], read_only, media, allowed)
 
 
 def standalone(arguments: list[str]) -> int:

@@ -10,6 +10,7 @@ import msgspec
 from coordinator.contract import messages
 from coordinator.contract.config import Drive, Media, export_of
 from coordinator.contract.errors import ConfigError, IslandError
+from coordinator.contract.nbd import absolute_name, is_network_name
 from coordinator.machine import Vm
 
 #: formats of a medium that can be put in
@@ -84,11 +85,12 @@ async def change(
     if image_format not in FORMATS:
         raise ConfigError(f"format {image_format} is not known; choose one of {', '.join(FORMATS)}")
     _removable(vm, name)
-    path = os.path.abspath(filename)
-    if not os.path.exists(path):
-        raise ConfigError(f"Could not open '{filename}': No such file or directory")
-    if not os.access(path, os.R_OK) or os.path.isdir(path):
-        raise ConfigError(f"Could not open '{filename}': not a readable file")
+    path = absolute_name(filename)
+    if not is_network_name(path):
+        if not os.path.exists(path):
+            raise ConfigError(f"Could not open '{filename}': No such file or directory")
+        if not os.access(path, os.R_OK) or os.path.isdir(path):
+            raise ConfigError(f"Could not open '{filename}': not a readable file")
     async with vm.media_lock:
         old = _removable(vm, name)
         await open_tray(vm, name, force)
