@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import msgspec
 
 from coordinator.cli import options, properties
@@ -12,6 +10,7 @@ from coordinator.cli.settings import Settings
 from coordinator.contract.config import DebugExit, Drive, Media
 from coordinator.contract.drives import PROPERTIES
 from coordinator.contract.errors import UsageError
+from coordinator.contract.nbd import absolute_name
 
 DRIVE_PROPERTIES = (
     "file",
@@ -52,7 +51,7 @@ def image(s: Settings, index: int, media: Media, file: str) -> None:
 
 
 def _absolute(file: str | None) -> str | None:
-    return os.path.abspath(file) if file else None
+    return absolute_name(file) if file else None
 
 
 def _add_drive(s: Settings, drive: Drive) -> None:
@@ -83,7 +82,7 @@ def drive(s: Settings, value: str) -> None:
     file = _absolute(kv.take("file"))
     image_format = kv.choice("format", ("auto", "raw", "qcow2"), "auto")
     allowed = kv.take("allow-backing")
-    backing_allowed = (allowed if allowed == "*" else os.path.abspath(allowed),) if allowed else ()
+    backing_allowed = (allowed if allowed == "*" else absolute_name(allowed),) if allowed else ()
     read_only = kv.flag("readonly", media is Media.CDROM) or media is Media.CDROM
     bus, unit = kv.take("bus"), kv.number("unit", 0, 0, 1)
     if bus not in (None, "0", "1"):
