@@ -127,7 +127,7 @@ class ExtendedMapping(Mapping):
         try:
             self._file.write(offset, data)
         except OSError:
-            self._cache.pop(index, None)
+            self._forget(index)
             raise
 
 

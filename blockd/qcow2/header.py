@@ -25,6 +25,8 @@ _V3 = struct.Struct(">QQQII")
 _EXTENSION = struct.Struct(">II")
 _FEATURE = struct.Struct(">BB46s")
 V2_LENGTH, V3_LENGTH = 72, 104
+#: what a disk writes whole or not at all
+SECTOR = 512
 COMPRESSION_TYPE_AT = 104
 #: the length written for a new image: with compression_type and its padding
 NEW_LENGTH = 112
@@ -174,9 +176,9 @@ class Header:
         """Bytes from FEATURES_AT: incompatible, compatible and autoclear features."""
         return struct.pack(">QQQ", self.incompatible, self.compatible, self.autoclear)
 
-    def encode(self) -> bytes:
-        """The whole header with its extensions and the backing file's name, at most one cluster.
-        BlockError when it does not fit."""
+    def encode(self, name_at: int = 0) -> bytes:
+        """The whole header with its extensions and the backing file's name, at most one cluster. The name
+        follows the extensions, or lies at ``name_at``. BlockError when it does not fit."""
         body = bytearray()
         for kind, data in self.extensions:
             body += _EXTENSION.pack(kind, len(data)) + data + bytes(-len(data) % 8)
@@ -185,9 +187,10 @@ class Header:
         name = (self.backing_file or "").encode("utf-8", "surrogateescape")
         if len(name) > MAX_BACKING_NAME:
             raise BlockError(f"backing file name is longer than {MAX_BACKING_NAME} bytes", errno.ENAMETOOLONG)
-        if start + len(body) + len(name) > self.cluster_size:
+        name_at = max(name_at, start + len(body))
+        if name_at + len(name) > self.cluster_size:
             raise BlockError(f"the header does not fit a cluster of {self.cluster_size} bytes", errno.ENOSPC)
-        result = bytearray(self._fixed(start + len(body) if name else 0, len(name)))
+        result = bytearray(self._fixed(name_at if name else 0, len(name)))
         if self.version >= 3:
             result += _V3.pack(
                 self.incompatible, self.compatible, self.autoclear, self.refcount_order, self.header_length
@@ -195,7 +198,8 @@ class Header:
             if self.header_length > COMPRESSION_TYPE_AT:
                 result += bytes([self.compression_type]) + self.additional
                 result += bytes(self.header_length - len(result))
-        return bytes(result + body + name)
+        result += body
+        return bytes(result.ljust(name_at, b"\0") + name if name else result)
 
     def _fixed(self, backing_offset: int, backing_size: int) -> bytes:
         return _V2.pack(
@@ -228,6 +232,58 @@ def write_tables(host: HostFile, header: Header, **changes: Any) -> None:
     finally:
         for name, value in changes.items():
             setattr(header, name, value)
+
+
+def rewrite(host: HostFile, header: Header) -> None:
+    """Write a header whose extensions or backing file have changed, durably, so that any crash leaves the
+    old one or the new one. BlockError when it does not fit.
+
+    Only the first sector is written in one piece, so what counts is brought there in steps: the backing
+    file's name goes to where neither the old name nor the old extensions are; the first sector gets a header
+    without the names of features, which ends in it; the sectors behind it get what belongs there; and the
+    first sector gets the names again. Where other extensions take more than a sector, or both names do not
+    fit, there is no such way, and all is written at once.
+    """
+    whole = header.encode()
+    rest = [(kind, data) for kind, data in header.extensions if kind != ExtensionType.FEATURE_NAMES]
+    short = replace(header, extensions=rest)
+    name_at = _place_for_name(host, header)
+    if len(whole) > SECTOR >= len(replace(short, backing_file=None).encode()) and name_at is not None:
+        whole = header.encode(name_at)
+        host.write(name_at, whole[name_at:])
+        host.sync()
+        host.write(0, short.encode(name_at)[:SECTOR].ljust(SECTOR, b"\0"))
+        host.sync()
+        host.write(SECTOR, whole[SECTOR:])
+        host.sync()
+        whole = whole[:SECTOR]
+    host.write(0, whole)
+    host.sync()
+
+
+def _place_for_name(host: HostFile, header: Header) -> int | None:
+    """Where a new name of the backing file lies upon nothing that the old header needs, nor in the first
+    sector; None where there is no room."""
+    bare = replace(header, backing_file=None)
+    old = host.read(0, header.cluster_size)
+    old_at, old_length = struct.unpack_from(">QI", old, 8)
+    at = max(SECTOR, len(bare.encode()), _extensions_end(header, old, old_at))
+    length = len((header.backing_file or "").encode("utf-8", "surrogateescape"))
+    if old_at and at < old_at + old_length and old_at < at + length:
+        at = max(at, old_at + old_length)
+    return at if at + length <= header.cluster_size else None
+
+
+def _extensions_end(header: Header, first: bytes, old_name_at: int) -> int:
+    at = V2_LENGTH if header.version == 2 else header.header_length
+    end = old_name_at or len(first)
+    while at + _EXTENSION.size <= end:
+        kind, length = _EXTENSION.unpack_from(first, at)
+        at += _EXTENSION.size
+        if kind == ExtensionType.END:
+            break
+        at += (length + 7) & ~7
+    return min(at, end)
 
 
 def feature_table() -> bytes:

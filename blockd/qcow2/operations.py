@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from blockd.qcow2 import snapshots
-from blockd.qcow2.header import MAX_SNAPSHOTS, ExtensionType, write_tables
+from blockd.qcow2.header import MAX_SNAPSHOTS, ExtensionType, rewrite, write_tables
 from blockd.qcow2.snapshots import Snapshot
 from blockd.qcow2.switch import switch
 from blockd.qcow2.tables import Entries
@@ -133,9 +133,7 @@ def set_backing(image: Qcow2Image, file: str | None, image_format: str | None) -
         changed = replace(image.header, backing_file=file, extensions=list(image.header.extensions))
         text = None if file is None or image_format is None else image_format.encode()
         changed.set_extension(ExtensionType.BACKING_FORMAT, text)
-        data = changed.encode()
-        image.host.write(0, data)
-        image.host.sync()
+        rewrite(image.host, changed)
         image.header.backing_file, image.header.extensions = file, changed.extensions
 
 
