@@ -29,15 +29,20 @@ def runtime() -> Iterator[Path]:
 
 @pytest.fixture
 def serve(runtime: Path) -> Iterator[Serve]:
-    """Serve exports, and return the socket's path. ``service_of`` finds the service by that path."""
+    """Serve exports, and return the socket's path. SERVICES has the service by that path, and PORTS the TCP
+    port at which it listens, too, with ``tcp``."""
     running: list[tuple[Service, threading.Thread]] = []
 
-    def start(*exports: Export, limits: Limits | None = None, terms: Terms | None = None) -> str:
+    def start(
+        *exports: Export, limits: Limits | None = None, terms: Terms | None = None, tcp: str | None = None
+    ) -> str:
         service = Service(limits, terms)
         for export in exports:
             service.exports.open(export)
         path = str(runtime / f"nbd{len(running)}")
         service.listen(path)
+        if tcp is not None:
+            PORTS[path] = service.listen_tcp(tcp, 0)
         thread = threading.Thread(target=service.run)
         thread.start()
         running.append((service, thread))
@@ -58,6 +63,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 
 SERVICES: dict[str, Service] = {}
+PORTS: dict[str, int] = {}
 
 
 def make_image(path: Path, size: int = 1 << 20, byte: int | None = None) -> str:

@@ -8,7 +8,7 @@ import socket
 import ssl
 import struct
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from blockd.nbd.server import Limits
 from blockd.nbd.tls import server_context
 from coordinator.contract.config import Export
 from coordinator.contract.errors import BlockError
-from tests.blockd.conftest import SERVICES, Serve, make_image
+from tests.blockd.conftest import PORTS, SERVICES, Serve, make_image
 from tests.support.certificates import Certificates
 from tests.support.nbd_wire import IHAVEOPT, WireClient
 from tests.support.tools import run_tool
@@ -43,19 +43,11 @@ def terms(certificates: Certificates) -> Terms:
 
 
 @pytest.fixture
-def served(serve: Serve, terms: Terms, tmp_path: Path) -> Iterator[Served]:
+def served(serve: Serve, terms: Terms, tmp_path: Path) -> Served:
     """One disk, at a UNIX socket and at TCP, behind TLS with certificates on both sides."""
     file = make_image(tmp_path / "disk")
-    path = serve(Export(SECRET, file), terms=terms)
-    yield Served(path, listen(path), file)
-
-
-def listen(path: str) -> int:
-    """One more socket, of TCP, for the service at ``path``; it is not yet served by a running loop."""
-    service = SERVICES[path]
-    port = service.listen_tcp("localhost", 0)
-    service._wake()  # the loop looks at its listeners
-    return port
+    path = serve(Export(SECRET, file), terms=terms, tcp="localhost")
+    return Served(path, PORTS[path], file)
 
 
 def client_side(folder: Path, side: str | None = "client") -> ssl.SSLContext:
@@ -253,8 +245,8 @@ def test_without_verification_all_are_let_in(
     serve: Serve, certificates: Certificates, tmp_path: Path
 ) -> None:
     terms = Terms(server_context(str(certificates.server), verify_peer=False))
-    path = serve(Export(SECRET, make_image(tmp_path / "disk")), terms=terms)
-    uri = f"nbds://localhost:{listen(path)}/{SECRET}?tls-certificates={certificates.anonymous}"
+    path = serve(Export(SECRET, make_image(tmp_path / "disk")), terms=terms, tcp="localhost")
+    uri = f"nbds://localhost:{PORTS[path]}/{SECRET}?tls-certificates={certificates.anonymous}"
     assert "with TLS" in run_tool("nbdinfo", uri)
 
 
