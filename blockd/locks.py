@@ -15,6 +15,7 @@ import fcntl
 import os
 import struct
 
+from blockd.lease.judge import respect
 from coordinator.contract.errors import BlockError
 
 HELD_BASE = 100
@@ -50,12 +51,20 @@ WRITER = (
 )
 
 
-def lock_image(fd: int, file: str, writable: bool) -> bool:
-    """Lock an open image file for a reader or for the only writer, until ``fd`` is closed.
+def lock_image(fd: int, file: str, writable: bool, leased: bool = True) -> bool:
+    """Lock an open image file for a reader or for the only writer, until ``fd`` is closed. With ``leased``
+    a writer respects the lease of another process, too.
 
     False when the file system has no locks. BlockError with EAGAIN when another process stands
     against it; ``fd`` must then be closed, which gives back what had been taken.
     """
+    locked = _lock(fd, file, writable)
+    if writable and leased:
+        respect(file, locked)
+    return locked
+
+
+def _lock(fd: int, file: str, writable: bool) -> bool:
     held, unshared = WRITER if writable else READER
     try:
         for permission in held:

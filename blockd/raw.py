@@ -40,8 +40,15 @@ class RawImage(Image):
     #: a write that begins below is for ``write`` alone to judge
     judged_below = 0
 
-    def __init__(self, file: str, read_only: bool = False, granularity: int = 512, pad: bool = False) -> None:
-        """Open and lock; BlockError in one line when that cannot be."""
+    def __init__(
+        self,
+        file: str,
+        read_only: bool = False,
+        granularity: int = 512,
+        pad: bool = False,
+        locked: bool = True,
+    ) -> None:
+        """Open and, if ``locked``, lock; BlockError in one line when that cannot be."""
         self.file = file
         self.read_only = read_only
         self._fd = open_file(file, read_only)
@@ -55,7 +62,7 @@ class RawImage(Image):
                     errno.EINVAL,
                 )
             self.size = self._stored + (granularity - rest if rest else 0)
-            if not lock_image(self._fd, file, not read_only):
+            if locked and not lock_image(self._fd, file, not read_only):
                 log.warning("%s: its file system has no locks; nothing keeps a second writer away", file)
         except BaseException:
             os.close(self._fd)

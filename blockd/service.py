@@ -14,6 +14,9 @@ import zmq
 
 from blockd.export import ExportTable
 from blockd.identity import identify
+from blockd.lease.manager import LeasedExports
+from blockd.lease.record import Owner
+from blockd.lease.transfer import Destination, Source
 from blockd.nbd.handshake import Terms
 from blockd.nbd.listen import Listener, listen_tcp, listen_unix
 from blockd.nbd.server import Limits, Server
@@ -36,10 +39,17 @@ class Service:
     """Exports, the sockets they are reached at, and the commands that change them."""
 
     def __init__(
-        self, limits: Limits | None = None, terms: Terms | None = None, persistent: bool = True
+        self,
+        limits: Limits | None = None,
+        terms: Terms | None = None,
+        persistent: bool = True,
+        owner: Owner | None = None,
     ) -> None:
-        """Without ``persistent`` the service ends when the last client leaves."""
+        """Without ``persistent`` the service ends when the last client leaves. ``owner``: the VM in whose
+        name leases are taken."""
         self.exports = ExportTable()
+        self.leased = LeasedExports(self.exports, owner or Owner("", "blockd"))
+        source, destination = Source(self.leased), Destination(self.leased)
         self._server = Server(self.exports, limits, terms, self._client_left)
         self._persistent = persistent
         self._listeners: list[Listener] = []
@@ -52,6 +62,13 @@ class Service:
             messages.ResizeExport: self._resize_export,
             messages.QueryExports: self._query_exports,
             messages.IdentifyExport: self._identify,
+            messages.AcquireLeases: self._acquire_leases,
+            messages.QueryLeases: lambda command: self.leased.describe(),
+            messages.PrepareTransfer: lambda command: source.prepare(command.transfer, command.images),
+            messages.ReleaseTransfer: lambda command: source.release(command.transfer, command.epoch),
+            messages.AbortTransfer: lambda command: source.abort(command.transfer),
+            messages.CheckTransfer: lambda command: destination.check(command.transfer),
+            messages.GrantTransfer: lambda command: destination.grant(command.transfer, command.epoch),
             messages.Quit: self._end,
         }
 
@@ -109,7 +126,7 @@ class Service:
             listener.close()
         self._listeners.clear()
         self._server.end_all()
-        self._errors += self.exports.close_all()
+        self._errors += self.leased.close_all()
         if self._errors:
             raise BlockError("; ".join(self._errors))
 
@@ -149,10 +166,13 @@ class Service:
 
     def _open_export(self, command: messages.OpenExport) -> dict[str, Any]:
         """A new export, or another medium under a name that is served already."""
-        return self.exports.open(command.export).describe()
+        return self.leased.open_all([command.export])[0].describe()
+
+    def _acquire_leases(self, command: messages.AcquireLeases) -> list[dict[str, Any]]:
+        return [export.describe() for export in self.leased.open_all(command.exports)]
 
     def _close_export(self, command: messages.CloseExport) -> None:
-        self.exports.close(command.id)
+        self.leased.close(command.id)
 
     def _resize_export(self, command: messages.ResizeExport) -> dict[str, Any]:
         """Sessions that are there keep the size they were told; new ones see the new one."""

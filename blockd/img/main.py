@@ -17,6 +17,7 @@ COMMANDS = {
     "convert": "copy an image into another format",
     "create": "make a new image",
     "info": "what an image is",
+    "lease": "who may write an image; --break takes it from one who is gone",
     "map": "where the data of an image lies",
     "rebase": "give an image another backing file",
     "resize": "change the size of an image",

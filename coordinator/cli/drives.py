@@ -7,7 +7,7 @@ import msgspec
 from coordinator.cli import options, properties
 from coordinator.cli.options import KeyValues
 from coordinator.cli.settings import Settings
-from coordinator.contract.config import DebugExit, Drive, Media
+from coordinator.contract.config import DebugExit, Drive, LeasePolicy, Media
 from coordinator.contract.drives import PROPERTIES
 from coordinator.contract.errors import UsageError
 from coordinator.contract.nbd import absolute_name
@@ -26,10 +26,13 @@ DRIVE_PROPERTIES = (
     "serial",
     "cache",
     "snapshot",
+    "lease",
     "aio",
 )
 #: only unsafe makes a difference: every write reaches the kernel before it is answered, and a flush the disk
 CACHE_MODES = ("writeback", "writethrough", "none", "directsync", "unsafe")
+#: how a writable disk is leased; the remaining policy is for incoming machines
+LEASES = tuple(policy.value for policy in LeasePolicy if policy is not LeasePolicy.AWAIT)
 NO_NETWORK = "there is no network yet; say -nic none"
 
 
@@ -92,6 +95,7 @@ def drive(s: Settings, value: str) -> None:
     serial = kv.take("serial") or ""
     cache = kv.choice("cache", CACHE_MODES, "writeback")
     throwaway = kv.flag("snapshot")
+    lease = LeasePolicy(kv.choice("lease", LEASES, "take"))
     kv.ignore("aio", "discard", "werror", "rerror", "detect-zeroes", "copy-on-read")
     kv.done(DRIVE_PROPERTIES)
     if media is Media.DISK and file is None:
@@ -117,6 +121,7 @@ def drive(s: Settings, value: str) -> None:
         backing_allowed=backing_allowed,
         snapshot=throwaway,
         unsafe=cache == "unsafe",
+        lease=lease,
     )
     if interface == "none":
         s.loose[ident] = made
@@ -175,5 +180,6 @@ def _ide_device(s: Settings, kv: KeyValues, media: Media) -> None:
             backing_allowed=loose.backing_allowed if loose else (),
             snapshot=loose.snapshot if loose else False,
             unsafe=loose.unsafe if loose else False,
+            lease=loose.lease if loose else LeasePolicy.TAKE,
         ),
     )

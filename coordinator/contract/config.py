@@ -10,11 +10,25 @@ import enum
 import msgspec
 
 from coordinator.contract.drives import DrivePolicy
+from coordinator.contract.nbd import is_network_name
 
 
 class Media(enum.Enum):
     DISK = "disk"
     CDROM = "cdrom"
+
+
+class LeasePolicy(enum.Enum):
+    """How the write lease of a disk comes to its VM (blockd/lease)."""
+
+    #: none is taken; those of others are respected all the same
+    OFF = "off"
+    #: at the start, unless somebody else holds it
+    TAKE = "take"
+    #: at the start, from whoever has it
+    BREAK = "break"
+    #: later, by a transfer; until then the image is opened read-only and without locks
+    AWAIT = "await"
 
 
 class Drive(msgspec.Struct, frozen=True):
@@ -34,6 +48,8 @@ class Drive(msgspec.Struct, frozen=True):
     snapshot: bool = False
     #: a flush does nothing: for disks that nobody will miss
     unsafe: bool = False
+    #: how a writable disk is leased
+    lease: LeasePolicy = LeasePolicy.TAKE
     #: what migration does with a command under way
     policy: DrivePolicy = DrivePolicy()
 
@@ -140,11 +156,27 @@ class Export(msgspec.Struct, frozen=True):
     discard: bool = True
     #: False when a raw image need not be in whole sectors
     sectors: bool = True
+    #: how it is leased if it is written
+    lease: LeasePolicy = LeasePolicy.OFF
+
+    @property
+    def leased(self) -> bool:
+        """Does it take part in leases? What is not written, or written elsewhere, needs none, and an NBD
+        server has none."""
+        written = not (self.read_only or self.snapshot or self.load_snapshot) and self.media is Media.DISK
+        return written and self.lease is not LeasePolicy.OFF and not is_network_name(self.file)
+
+    @property
+    def inactive(self) -> bool:
+        """Is it waiting for its lease?"""
+        return self.leased and self.lease is LeasePolicy.AWAIT
 
 
-def export_of(drive: Drive) -> Export:
-    """The export that serves a drive, which has a medium."""
+def export_of(drive: Drive, incoming: bool = False) -> Export:
+    """The export that serves a drive, which has a medium. ``incoming``: the VM comes from elsewhere, and the
+    leases of its disks with it."""
     assert drive.file is not None
+    awaited = incoming and drive.lease is not LeasePolicy.OFF
     return Export(
         id=drive.id,
         file=drive.file,
@@ -154,6 +186,7 @@ def export_of(drive: Drive) -> Export:
         backing_allowed=drive.backing_allowed,
         snapshot=drive.snapshot,
         unsafe=drive.unsafe,
+        lease=LeasePolicy.AWAIT if awaited else drive.lease,
     )
 
 
@@ -165,6 +198,8 @@ class BlockdConfig(msgspec.Struct, frozen=True):
     parent: int
     exports: tuple[Export, ...] = ()
     log: str | None = None
+    #: of the VM, for its leases
+    uuid: str = ""
 
 
 def control_endpoint(runtime: str) -> str:

@@ -225,8 +225,8 @@ class ResizeExport(Command, frozen=True, tag="resizeexport"):
 
 
 class AcquireLeases(Command, frozen=True, tag="acquireleases"):
-    """blockd: open these exports, all or none, those that are written under leases (``Export.lease``). Value: a
-    list of dicts as of QueryExports."""
+    """blockd: open these exports, all or none, those that are written under leases (``Export.lease``). Value:
+    a list of dicts as of QueryExports."""
 
     exports: tuple[Export, ...]
 
@@ -246,16 +246,16 @@ class PrepareTransfer(Command, frozen=True, tag="preparetransfer"):
 
 
 class ReleaseTransfer(Command, frozen=True, tag="releasetransfer"):
-    """blockd of the source: the commit point; ``epoch`` as PrepareTransfer told it. Value: dict with transfer,
-    epoch and decision. After an error ask again, or AbortTransfer, which finds out for certain."""
+    """blockd of the source: the commit point; ``epoch`` as PrepareTransfer told it. Value: dict with
+    transfer, epoch and decision. After an error ask again, or AbortTransfer, which finds out for certain."""
 
     transfer: str
     epoch: int
 
 
 class AbortTransfer(Command, frozen=True, tag="aborttransfer"):
-    """blockd of the source: everything is as before PrepareTransfer when this is answered, and a PrepareTransfer
-    of this transfer that comes later is refused. An error after the commit point."""
+    """blockd of the source: everything is as before PrepareTransfer when this is answered, and a
+    PrepareTransfer of this transfer that comes later is refused. An error after the commit point."""
 
     transfer: str
 
@@ -270,8 +270,8 @@ class CheckTransfer(Command, frozen=True, tag="checktransfer"):
 
 class GrantTransfer(Command, frozen=True, tag="granttransfer"):
     """blockd of the destination, after the commit point: take the leases, all or none, open the images again
-    and serve writes. ``epoch`` as released. Value: a list of dicts as of QueryLeases. May be asked again after
-    an error."""
+    and serve writes. ``epoch`` as released. Value: a list of dicts as of QueryLeases. May be asked again
+    after an error."""
 
     transfer: str
     epoch: int
