@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from coordinator.contract.device import ListPin
+from coordinator.contract.drives import DrivePolicy, Incomplete, Stream
 from coordinator.contract.state import pack, unpack
 from devhost.ide.ata import AtaDrive
 from devhost.ide.atapi import AtapiDrive
@@ -211,6 +212,39 @@ class Rig:
         self.channel = IdeChannel(self.pin, self.memory, self.make())
         self.channel.load(record)
         assert self.pin.level == level
+
+    def stop(self) -> None:
+        """The machine stops: requests in flight, and what must follow them, come to their end."""
+        self.channel.pause()
+        self.settle()
+        assert self.channel.paused()
+
+    def migrate(
+        self,
+        stream: Stream = Stream.FULL,
+        incomplete: Incomplete = Incomplete.ERROR,
+        before_start: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Stop, save, load into a fresh channel, start. Nothing is requested, and no line moves, before the
+        start; ``before_start`` may look."""
+        for drive in self.channel.fitted:
+            drive.policy = DrivePolicy(stream=stream)
+        self.stop()
+        record = unpack(pack(self.channel.save()), ChannelRecord)
+        changes, requests = len(self.pin.changes), self._requests()
+        self.channel = IdeChannel(self.pin, self.memory, self.make())
+        for drive in self.channel.fitted:
+            drive.policy = DrivePolicy(incomplete=incomplete)
+        self.channel.pause()
+        self.channel.load(record)
+        assert (len(self.pin.changes), self._requests()) == (changes, requests)
+        before_start()
+        self.channel.resume()
+        self.settle()
+
+    def _requests(self) -> int:
+        drives = [drive.backend for drive in self.channel.fitted]
+        return sum(len(backend.log) for backend in drives if isinstance(backend, Backend))
 
     # ---- driver
     def taskfile(self, features: int = 0, count: int = 0, lba: int = 0, device: int = 0) -> None:

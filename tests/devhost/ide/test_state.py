@@ -290,14 +290,20 @@ DISK_SCENARIOS: list[Scenario] = [
 ]
 
 
-def play(make: Callable[[], Rig], scenario: Scenario, reload_at: Callable[[int], bool]) -> tuple[Any, int]:
+def play(
+    make: Callable[[], Rig],
+    scenario: Scenario,
+    reload_at: Callable[[int], bool],
+    reload: Callable[[Rig], None] = Rig.reload,
+) -> tuple[Any, int]:
+    """(what came out, number of points)"""
     rig = make()
     count = 0
 
     def point() -> None:
         nonlocal count
         if reload_at(count):
-            rig.reload()
+            reload(rig)
         count += 1
 
     result = scenario(rig, point)
@@ -305,13 +311,15 @@ def play(make: Callable[[], Rig], scenario: Scenario, reload_at: Callable[[int],
     return (result, rig.pin.pulses, bytes(rig.memory.ram), bytes(backend.image)), count
 
 
-def check(make: Callable[[], Rig], scenario: Scenario) -> None:
+def check(
+    make: Callable[[], Rig], scenario: Scenario, reload: Callable[[Rig], None] = Rig.reload, most: int = 60
+) -> None:
     plain, points = play(make, scenario, lambda at: False)
     assert points > 3
-    stride = 1 + points // 60
+    stride = 1 + points // most
     for chosen in range(0, points, stride):
-        assert play(make, scenario, chosen.__eq__)[0] == plain, chosen
-    assert play(make, scenario, lambda at: True)[0] == plain
+        assert play(make, scenario, chosen.__eq__, reload)[0] == plain, chosen
+    assert play(make, scenario, lambda at: True, reload)[0] == plain
 
 
 @pytest.mark.parametrize("scenario", CD_SCENARIOS, ids=lambda scenario: scenario.__name__)
