@@ -14,8 +14,9 @@ from typing import NamedTuple
 from coordinator.contract.errors import BlockError
 
 BACKLOG = 64
-#: where there is no other machine
+#: where there is no other machine: both loopback addresses, whatever /etc/hosts knows (RFC 6761, 6.3)
 LOOPBACK = "localhost"
+_LOOPBACK_ADDRESSES = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 _LONGEST_PATH = 107  # sun_path of unix(7), without its final zero
 #: sd_listen_fds(3): the first descriptor that is handed in
 _FIRST_FD = 3
@@ -64,17 +65,12 @@ def listen_tcp(host: str, port: int) -> list[Listener]:
     """Sockets at all addresses of a name, IPv4 and IPv6; port 0 is any that is free, the same for all.
     BlockError when one is in use, or none of the addresses is this machine's."""
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (socket.gaierror, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, socket.gaierror) else "is no name"
-        raise BlockError(f"{where}: cannot listen: {reason}", errno.EINVAL) from None
     listeners: list[Listener] = []
     missing = errno.EADDRNOTAVAIL
     try:
-        for family, _, _, _, address in dict.fromkeys(found):
+        for family, address in _addresses(host):
             try:
-                listeners.append(Listener(_bound(family, (address[0], port, *address[2:]))))
+                listeners.append(Listener(_bound(family, (address[0], port, *address[1:]))))
             except OSError as error:
                 if error.errno not in _NO_FAMILY:
                     raise
@@ -86,8 +82,9 @@ def listen_tcp(host: str, port: int) -> list[Listener]:
     except OSError as error:
         for listener in listeners:
             listener.close()
-        reason = os.strerror(error.errno or 0)
-        raise BlockError(f"{where}: cannot listen: {reason}", error.errno or errno.EIO) from None
+        known = not isinstance(error, socket.gaierror)  # else its number is none of errno's
+        number = error.errno if known and error.errno else errno.EINVAL
+        raise BlockError(f"{where}: cannot listen: {error.strerror or error}", number) from None
     return listeners
 
 
@@ -103,6 +100,18 @@ def inherited() -> list[Listener]:
         sock.setblocking(False)
         found.append(Listener(sock))
     return found
+
+
+def _addresses(host: str) -> list[tuple[int, tuple[str | int, ...]]]:
+    """Families and addresses of a name, without the port that stands second in them. OSError when there are
+    none."""
+    if host == LOOPBACK:
+        return [(family, (address,)) for family, address in _LOOPBACK_ADDRESSES]
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except UnicodeError:
+        raise OSError(errno.EINVAL, "it is no name") from None
+    return list(dict.fromkeys((family, (at[0], *at[2:])) for family, _, _, _, at in found))
 
 
 def _bound(family: int, address: tuple[str | int, ...]) -> socket.socket:

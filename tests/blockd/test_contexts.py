@@ -189,7 +189,7 @@ def test_a_choice_is_for_one_export(serve: Serve, tmp_path: Path) -> None:
 
 
 def test_a_reply_is_bounded(serve: Serve, tmp_path: Path) -> None:
-    """Every second of 16,384 bits is set: one reply tells of some of them, and the client goes on from there."""
+    """Every second of 16,384 bits is set: one reply tells of some, and the client goes on from there."""
     file = make_disk(tmp_path / "disk", 8 * MIB, b0=512)
     image = Qcow2Image(file)
     for at in range(0, 8 * MIB, 1024):
