@@ -69,9 +69,11 @@ class LeasedExports:
             try:
                 if lease is not None:
                     lease.check()  # there was a moment at which nothing of ours was locked
-            except OSError as error:
+            except BaseException as error:
                 image.close()
-                raise BlockError(error.strerror or str(error), error.errno or 5) from None
+                if isinstance(error, OSError):
+                    raise BlockError(error.strerror or str(error), error.errno or 5) from None
+                raise
             return LeasedImage(image, lease)
 
         return self.table.open(wanted, opener)
