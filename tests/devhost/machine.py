@@ -48,7 +48,13 @@ class Host:
         self.config = SimpleNamespace(index=0)
         self.bus = Bus(segment, 0)
         self.notices: list[msgspec.Struct] = []
-        self.control = SimpleNamespace(notify=self.notices.append)
+        #: answers that came later than their command
+        self.answers: list[Any] = []
+        self.control = SimpleNamespace(
+            notify=self.notices.append, answer=lambda command, value: self.answers.append(value)
+        )
+        #: of the reply to the access in hand
+        self.kept = False
         self.outlet = Outlet(self.control)
         self.backends: dict[str, Disk] = {}
 
@@ -57,9 +63,16 @@ class Host:
         return backend
 
     def drain(self, done: Callable[[], bool]) -> None:
-        for backend in self.backends.values():
-            backend.complete_all()
+        while any(backend.pending for backend in self.backends.values()):
+            for backend in self.backends.values():
+                backend.complete_all()
         assert done()
+
+    def keep_reply(self) -> None:
+        self.kept = True
+
+    def release_replies(self) -> None:
+        self.kept = False
 
 
 def machine(**changes: Any) -> Machine:

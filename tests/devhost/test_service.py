@@ -23,6 +23,7 @@ from coordinator.contract.config import (
     bus_endpoint,
     control_endpoint,
 )
+from coordinator.contract.drives import DrivePhase
 from coordinator.contract.island import dealer, router
 from coordinator.contract.segment import Segment
 from devhost.commands import Commands
@@ -101,6 +102,20 @@ class Coordinator:
     # ---- bus
     def access(self, port: int, width: int = 1, count: int = 1, data: bytes | None = None) -> bytes:
         """A sync access behind all that was posted so far."""
+        reply = self.try_access(port, width, count, data)
+        assert not reply.hold
+        return reply.data
+
+    def try_access(
+        self, port: int, width: int = 1, count: int = 1, data: bytes | None = None
+    ) -> messages.BusReply:
+        """The same where it may be held."""
+        self.send_access(port, width, count, data)
+        reply = messages.replies.decode(self.bus.recv())
+        assert reply.serial == self.serial
+        return reply
+
+    def send_access(self, port: int, width: int = 1, count: int = 1, data: bytes | None = None) -> None:
         self.serial += 1
         ticket = lib.ring_next_ticket(self.segment.header, 0)
         request = messages.BusRequest(
@@ -109,9 +124,6 @@ class Coordinator:
             write=data is not None, data=data or b"",
         )  # fmt: skip
         self.bus.send(encode(request))
-        reply = messages.replies.decode(self.bus.recv())
-        assert reply.serial == self.serial and not reply.hold
-        return reply.data
 
     def post(self, port: int, value: int, width: int = 1) -> None:
         entry = ffi.new("struct posted_entry *")
@@ -226,6 +238,57 @@ def test_commands(board: Coordinator) -> None:
     assert board.access(0x3FF) == b"\x00"
 
 
+def begin_packet(board: Coordinator, data: bytes = b"\xa0") -> messages.BusReply:
+    board.pc.drives.as_firmware_leaves_it()
+    board.post(0x176, 0xA0)
+    return board.try_access(0x177, data=data)
+
+
+def test_a_drain_is_answered_when_the_packet_has_ended(board: Coordinator) -> None:
+    """The host serves the guest meanwhile, and holds what would begin."""
+    board.segment.start_time()
+    assert not begin_packet(board).hold
+    board.serial += 1
+    drain = messages.DrainDrives(serial=board.serial, bound_ms=600_000)
+    board.control.send_multipart((ROLE, encode(drain)))
+    assert board.do(messages.QueryPhases)[0]["phase"] == "packet-awaited"
+    board.access(0x170, 2, 6, bytes(12))  # TEST UNIT READY: there is no medium
+    answer = board.wait_for(messages.Answer)
+    assert (answer.serial, answer.value["drained"]) == (drain.serial, True)
+    for _ in range(3):
+        assert begin_packet(board).hold
+    board.do(messages.CancelDrain)
+    assert not begin_packet(board).hold
+
+
+def arm_and_reach(board: Coordinator) -> None:
+    """The vCPU has written the command, and has no reply."""
+    board.segment.start_time()
+    board.pc.drives.as_firmware_leaves_it()
+    board.do(messages.ArmPhase, drive="cd", phase=DrivePhase.PACKET_AWAITED, hold_ms=600_000)
+    board.post(0x176, 0xA0)
+    board.send_access(0x177, data=b"\xa0")
+    assert board.wait_for(messages.PhaseReached).drive == "cd"
+    board.do(messages.QueryDrives)
+    assert not board.bus.poll(0)
+
+
+def test_a_vcpu_that_is_called_gets_the_reply_that_was_kept_back(board: Coordinator) -> None:
+    """Its attention is raised by then, so that it stops behind the access."""
+    arm_and_reach(board)
+    board.segment.call(0)
+    assert not messages.replies.decode(board.bus.recv()).hold
+    board.do(messages.Stop)
+    assert board.do(messages.QueryPhases)[0]["phase"] == "packet-awaited"
+
+
+@pytest.mark.parametrize("kind", [messages.DisarmPhase, messages.Run, messages.Reset])
+def test_replies_kept_back_are_sent_in_the_end(board: Coordinator, kind: type[messages.Command]) -> None:
+    arm_and_reach(board)
+    board.do(kind)
+    assert not messages.replies.decode(board.bus.recv()).hold
+
+
 @pytest.mark.parametrize(
     ("kind", "fields", "error"),
     [
@@ -235,6 +298,12 @@ def test_commands(board: Coordinator) -> None:
         (messages.DescribeChip, {"what": "fpu"}, "'fpu'"),
         (messages.OpenTray, {"drive": "hd9"}, "hd9"),
         (messages.InjectNmi, {}, "InjectNmi"),
+        (messages.ArmPhase, {"drive": "dvd", "phase": DrivePhase.IDLE}, "choose one of cd"),
+        (
+            messages.SetDriveProperty,
+            {"driver": "ide-cd", "name": "migrate-stream", "value": "old"},
+            "choose one of full, v0",
+        ),
     ],
 )
 def test_errors_are_one_line(board: Coordinator, kind: Any, fields: dict[str, Any], error: str) -> None:
