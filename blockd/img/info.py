@@ -70,10 +70,10 @@ def _row(image: Any, file: str) -> dict[str, Any]:
         "virtual-size": image.size,
         "filename": file,
         "format": image.format,
-        "dirty-flag": False,
     }
     if not is_network_name(file):
         row["actual-size"] = os.stat(file).st_blocks * 512
+        row["dirty-flag"] = False
     if not isinstance(image, Qcow2Image):
         return row
     header = image.header
@@ -147,7 +147,7 @@ def _text(row: dict[str, Any]) -> str:
         f"virtual size: {common.human(row['virtual-size'])} ({row['virtual-size']} bytes)",
         f"disk size: {common.human(row['actual-size']) if 'actual-size' in row else 'unavailable'}",
     ]
-    if row["dirty-flag"]:
+    if row.get("dirty-flag"):
         lines.append("cleanly shut down: no")
     if "cluster-size" in row:
         lines.append(f"cluster_size: {row['cluster-size']}")
@@ -166,7 +166,8 @@ def _text(row: dict[str, Any]) -> str:
                 lines.append("    bitmaps:")
                 for number, bitmap in enumerate(value):
                     lines.append(f"        [{number}]:")
-                    lines.append(f"            flags: {', '.join(bitmap['flags'])}")
+                    lines.append("            flags:")
+                    lines += [f"                [{n}]: {flag}" for n, flag in enumerate(bitmap["flags"])]
                     lines.append(f"            name: {bitmap['name']}")
                     lines.append(f"            granularity: {bitmap['granularity']}")
             else:
