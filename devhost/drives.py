@@ -13,6 +13,7 @@ from devhost.ide.ata import AtaDrive
 from devhost.ide.atapi import AtapiDrive
 from devhost.ide.channel import IdeChannel
 from devhost.ide.pci_function import IDETIM, IDETIM_ENABLED, LEGACY, Piix3Ide
+from devhost.ide.watch import name_of
 from devhost.service import Service
 
 if TYPE_CHECKING:
@@ -118,10 +119,14 @@ class Drives:
             old.close()
 
     def describe(self) -> list[dict[str, Any]]:
-        """For query-block and the monitor."""
+        """For query-block, the monitor and the migration stream."""
         result = []
         for ident, drive in self.by_id.items():
-            entry: dict[str, Any] = {"id": ident, "phase": drive.phase.value}
+            entry: dict[str, Any] = {
+                "id": ident,
+                "phase": name_of(drive).value,
+                "stream": drive.policy.stream.value,
+            }
             if isinstance(drive, AtapiDrive):
                 inserted = drive.backend is not None
                 entry.update(tray_open=drive.tray_open, locked=drive.locked, inserted=inserted)

@@ -223,8 +223,11 @@ def test_timers_fire_while_time_runs(board: Coordinator) -> None:
 
 def test_commands(board: Coordinator) -> None:
     assert board.do(messages.QueryDrives) == [
-        {"id": "cd", "phase": "idle", "tray_open": False, "locked": False, "inserted": False}
-    ]
+        {
+            "id": "cd", "phase": "idle", "stream": "full",
+            "tray_open": False, "locked": False, "inserted": False,
+        }
+    ]  # fmt: skip
     width, height, picture = board.do(messages.Screen)
     assert (width, height, len(picture)) == (720, 400, 720 * 400 * 3)
     assert board.do(messages.SerialInput, index=1, data=b"x") == 1
