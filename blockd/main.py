@@ -1,6 +1,6 @@
 """Entry of the block daemon: as an island of a machine, or by itself from the command line.
 
-python -m blockd.main --socket PATH --export ID=FILE[,ro=on][,media=cdrom] ...
+python -m blockd.main --socket PATH --tcp [HOST:]PORT --export ID=FILE[,ro=on][,media=cdrom] ...
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import setproctitle
 import zmq
 
 from blockd.lease.record import Owner
+from blockd.nbd.handshake import Terms
+from blockd.nbd.listen import LOOPBACK
+from blockd.nbd.tls import server_context
 from blockd.service import Service
 from coordinator.contract import config, messages
 from coordinator.contract.errors import AtollError, UsageError
@@ -78,22 +81,39 @@ def parse_export(text: str) -> config.Export:
     return config.Export(name, absolute_name(file), values["format"], read_only, media, allowed)
 
 
+def parse_address(text: str) -> tuple[str, int]:
+    """[HOST:]PORT; an IPv6 address stands in brackets."""
+    host, _, port = text.rpartition(":")
+    if not port.isdecimal() or int(port) > 65535:
+        raise UsageError(f"--tcp {text}: is not of the form [HOST:]PORT")
+    return host.removeprefix("[").removesuffix("]") or LOOPBACK, int(port)
+
+
 def standalone(arguments: list[str]) -> int:
     """Serve the images named on the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="blockd", description="Serve disk images as NBD exports.")
-    parser.add_argument("--socket", required=True, metavar="PATH", help="UNIX socket to listen at")
+    add = parser.add_argument
+    add("--socket", action="append", default=[], metavar="PATH", help="UNIX socket to listen at")
+    add("--tcp", action="append", default=[], metavar="[HOST:]PORT", help="TCP port (without HOST: loopback)")
+    add("--tls-creds", metavar="DIR", help="folder of certificates; nothing is served without TLS then")
     form = "ID=FILE[,ro=on][,media=cdrom]"
-    parser.add_argument("--export", action="append", required=True, metavar=form, help="an image to serve")
+    add("--export", action="append", required=True, metavar=form, help="an image to serve")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="blockd: %(message)s", level=logging.WARNING)
     try:
         exports = [parse_export(text) for text in options.export]
-        setproctitle.setproctitle(f"atoll {ROLE} {options.socket}")
-        service = Service()
+        addresses = [parse_address(text) for text in options.tcp]
+        if not options.socket and not addresses:
+            raise UsageError("--socket or --tcp says where to listen")
+        setproctitle.setproctitle(f"atoll {ROLE} {(options.socket + options.tcp)[0]}")
+        service = Service(terms=Terms(server_context(options.tls_creds) if options.tls_creds else None))
         service.end_on_signal(signal.SIGTERM, signal.SIGINT)
         for export in exports:
             service.exports.open(export)
-        service.listen(os.path.abspath(options.socket))
+        for path in options.socket:
+            service.listen(os.path.abspath(path))
+        for host, port in addresses:
+            service.listen_tcp(host, port)
         service.run()
     except AtollError as error:
         print(f"blockd: {error}", file=sys.stderr)

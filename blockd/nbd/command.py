@@ -15,7 +15,7 @@ from typing import NoReturn
 from blockd.nbd.listen import LOOPBACK, Listener, inherited
 from coordinator.contract.config import Export
 from coordinator.contract.errors import AtollError, UsageError
-from coordinator.contract.nbd import MAX_STRING
+from coordinator.contract.nbd import MAX_STRING, absolute_name
 
 DEFAULT_PORT = 10809  # IANA's for nbd
 FORMATS = ("raw", "qcow2")
@@ -199,10 +199,9 @@ def _export(given: argparse.Namespace) -> Export:
         raise UsageError("-s cannot be combined with -l, -B or -r")
     if given.load_snapshot and given.bitmap:
         raise UsageError("-B cannot be combined with -l: bitmaps tell of the disk as it is now")
-    file = given.file[0]
     return Export(
         id=given.export_name,
-        file=file if "://" in file else os.path.abspath(file),
+        file=absolute_name(given.file[0]),
         format=given.format or "auto",
         read_only=given.read_only or bool(given.load_snapshot),
         backing_allowed=tuple(p if p == "*" else os.path.abspath(p) for p in given.allow_backing),

@@ -21,9 +21,12 @@ from blockd.raw import RawImage
 from coordinator.contract import messages
 from coordinator.contract.codec import encode
 from coordinator.contract.config import BlockdConfig, Export, Media, control_endpoint, nbd_socket
+from coordinator.contract.errors import BlockError
 from coordinator.contract.island import router
 from devhost.block_client import BlockClient, Completion
 from tests.blockd.conftest import make_image
+from tests.support.certificates import Certificates
+from tests.support.tools import run_tool
 
 SECONDS = 30
 #: a child that runs the block daemon with the configuration on its command line
@@ -165,6 +168,41 @@ def test_sigterm_ends_it_in_order(runtime: Path, coordinator: Coordinator, tmp_p
     assert not os.path.exists(nbd_socket(str(runtime)))
 
 
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+def test_an_export_that_grows(
+    runtime: Path, coordinator: Coordinator, tmp_path: Path, image_format: str
+) -> None:
+    """Sessions that are there keep the size they were told, new ones see the new one, as does qemu-img."""
+    file = str(tmp_path / "disk")
+    run_tool("qemu-img", "create", "-q", "-f", image_format, file, "1M")
+    read_only = Export("cd0", make_image(tmp_path / "cd"), read_only=True)
+    island = Island(runtime, Export("hd0", file, image_format), read_only)
+    coordinator.notice()
+    old = connected(runtime, "hd0")
+    old.write(512, [memoryview(b"old" * 512)])
+    assert [done.errno for done in old.drain(SECONDS)] == [0]
+    answer = coordinator.ask(messages.ResizeExport, id="hd0", size=3 << 20)
+    assert answer.error is None and answer.value["size"] == 3 << 20
+    new = connected(runtime, "hd0")
+    assert (old.size, new.size) == (1 << 20, 3 << 20)
+    new.write((3 << 20) - 512, [memoryview(b"n" * 512)])
+    old.write(1024, [memoryview(b"o" * 512)])
+    for client in (new, old):
+        assert [done.errno for done in client.drain(SECONDS)] == [0]
+    buffer = bytearray(1 << 20)
+    new.read(1 << 20, [memoryview(buffer)])
+    assert [done.errno for done in new.drain(SECONDS)] == [0] and buffer == bytes(1 << 20)
+    for name, size, words in (("hd0", 1 << 20, "only grow"), ("hd0", (4 << 20) + 1, "whole sectors"),
+                              ("cd0", 4 << 20, "read-only"), ("hd9", 4 << 20, "no export")):  # fmt: skip
+        assert words in (coordinator.ask(messages.ResizeExport, id=name, size=size).error or "")
+    coordinator.ask(messages.Quit)
+    assert island.end() == 0
+    told = run_tool("qemu-img", "info", "-f", image_format, file)
+    assert "virtual size: 3 MiB" in told
+    script = ("-c", f"read -P {ord('n')} {(3 << 20) - 512} 512", "-c", f"read -P {ord('o')} 1024 512")
+    assert "failed" not in run_tool("qemu-io", "-f", image_format, *script, file)
+
+
 def test_it_does_not_start_with_a_bad_image(runtime: Path, coordinator: Coordinator, tmp_path: Path) -> None:
     good = Export("hd0", make_image(tmp_path / "disk", 4096, 0))
     island = Island(runtime, good, Export("hd1", make_image(tmp_path / "odd", 1000, 0)))
@@ -240,6 +278,31 @@ def test_standalone(runtime: Path, tmp_path: Path) -> None:
     output, errors = process.communicate(timeout=SECONDS)
     assert (process.returncode, output, errors) == (0, "", "")
     assert not os.path.exists(path)
+
+
+def test_standalone_at_tcp_with_tls(runtime: Path, tmp_path: Path, certificates: Certificates) -> None:
+    """Several exports, a socket and a port, both with TLS."""
+    one, two = (make_image(tmp_path / name) for name in ("one", "two"))
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    path = str(runtime / "nbd")
+    process = standalone("--socket", path, "--tcp", f"127.0.0.1:{port}", "--export", f"one={one}",
+                         "--export", f"two={two},ro=on", "--tls-creds", str(certificates.server))  # fmt: skip
+    client = BlockClient(path, "one")
+    with pytest.raises(BlockError, match="TLS"):
+        client.connect(SECONDS)  # which waits until somebody listens
+    told = run_tool("nbdinfo", "--list", f"nbds://localhost:{port}/?tls-certificates={certificates.client}")
+    assert 'export="one"' in told and 'export="two"' in told
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=SECONDS) == ("", "") and process.returncode == 0
+
+
+@pytest.mark.parametrize("place", ["x", "localhost:", "99999", "[::1]"])
+def test_standalone_and_a_place_that_is_none(tmp_path: Path, place: str) -> None:
+    process = standalone("--tcp", place, "--export", f"hd0={make_image(tmp_path / 'disk')}")
+    _, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == 2 and "[HOST:]PORT" in errors and errors.count("\n") == 1
 
 
 @pytest.mark.parametrize(
