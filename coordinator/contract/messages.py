@@ -288,8 +288,8 @@ class IdentifyExport(Command, frozen=True, tag="identifyexport"):
 
 
 class QueryDrives(Command, frozen=True, tag="querydrives"):
-    """Device host: value is a list of dicts: id, phase (a DrivePhase) and stream ("full" or "v0", what SaveState
-    writes), for CD-ROM drives tray_open, locked and inserted."""
+    """Device host: value is a list of dicts: id, phase (a DrivePhase) and stream ("full" or "v0", what
+    SaveState writes), for CD-ROM drives tray_open, locked and inserted."""
 
 
 AnyCommand = (
