@@ -32,7 +32,7 @@ def serve(settings: Settings, listeners: list[Listener], ready: Callable[[], Non
     tls = None if credentials is None else server_context(credentials.folder, credentials.verify_peer)
     limits = Limits(connections=settings.clients or sys.maxsize, queue=True)
     service = Service(limits, Terms(tls, shared=settings.clients != 1), settings.persistent)
-    service.end_on_signal(signal.SIGTERM, signal.SIGINT)
+    service.end_on_signal(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     try:
         service.exports.open(settings.export)
         _listen(service, settings, listeners)
