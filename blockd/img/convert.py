@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -14,9 +15,12 @@ from blockd import opening
 from blockd.image import Image
 from blockd.img import common
 from blockd.img.create import parse_options, preallocate, qcow2_options
+from blockd.qcow2.bitmap_edit import BitmapSet
+from blockd.qcow2.bitmaps import AUTO
 from blockd.qcow2.compression import compress
 from blockd.qcow2.create import create
 from blockd.qcow2.image import Qcow2Image
+from blockd.qcow2.operations import at_rest
 from coordinator.contract.errors import BlockError, UsageError
 from coordinator.contract.nbd import is_network_name
 
@@ -47,6 +51,8 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("-l", dest="snapshot", metavar="NAME", help="copy the state of a snapshot")
     parser.add_argument("-B", dest="backing", metavar="FILE", help="backing file of the target")
     parser.add_argument("-F", dest="backing_format", choices=common.FORMATS)
+    parser.add_argument("--bitmaps", action="store_true", help="copy dirty bitmaps, too")
+    parser.add_argument("--skip-broken-bitmaps", action="store_true", help="but no unusable ones")
     parser.add_argument("-U", "--force-share", action="store_true")
     parser.add_argument("-W", dest="unordered", action="store_true", help="no effect")
     parser.ignored("-T", "-t", "-m", "-S", "-r")
@@ -61,6 +67,10 @@ def run(arguments: list[str]) -> int:
         raise BlockError("raw images have no backing file", errno.ENOTSUP)
     if given.backing is not None and given.backing_format is None:
         raise UsageError("convert: the format of the backing file is needed (-F)")
+    if given.skip_broken_bitmaps and not given.bitmaps:
+        raise UsageError("convert: Use of --skip-broken-bitmaps requires --bitmaps")
+    if given.bitmaps and target_format != "qcow2":
+        raise BlockError(f"Format driver '{target_format}' does not support bitmaps", errno.ENOTSUP)
     snapshot = given.snapshot
     if snapshot is not None:
         snapshot = snapshot.removeprefix("snapshot.id=").removeprefix("snapshot.name=")
@@ -69,12 +79,48 @@ def run(arguments: list[str]) -> int:
     try:
         if os.path.exists(given.target) and os.path.samefile(given.source, given.target):
             raise BlockError(f"{given.target}: is the source", errno.EINVAL)
+        names = _bitmaps(source, given) if given.bitmaps else []
         if not given.existing:
             _create(given, target_format, source.size)
         _copy(source, given, target_format)
+        if names:
+            assert isinstance(source, Qcow2Image)
+            _copy_bitmaps(source, names, given.target)
     finally:
         source.close()
     return 0
+
+
+def _bitmaps(source: Image, given: common.argparse.Namespace) -> list[str]:
+    """The bitmaps that are to be copied. BlockError where one cannot be."""
+    if not isinstance(source, Qcow2Image):
+        raise BlockError(f"Format driver '{source.format}' does not support bitmaps", errno.ENOTSUP)
+    known, names = BitmapSet(source), []
+    for bitmap in known.bitmaps():
+        try:
+            known.usable(bitmap.name)
+        except BlockError:
+            if not given.skip_broken_bitmaps:
+                text = f"Cannot copy inconsistent bitmap '{bitmap.name}'; try --skip-broken-bitmaps, or use "
+                raise BlockError(f"{text}'bitmap --remove' to delete it", errno.EINVAL) from None
+            print(f"atoll img: warning: Skipping inconsistent bitmap '{bitmap.name}'", file=sys.stderr)
+        else:
+            names.append(bitmap.name)
+    return names
+
+
+def _copy_bitmaps(source: Qcow2Image, names: list[str], target_file: str) -> None:
+    target = Qcow2Image(target_file, backed=False)
+    try:
+        with at_rest(target):
+            theirs, ours = BitmapSet(source), BitmapSet(target)
+            for name in names:
+                bitmap = theirs.usable(name)
+                ours.add(name, 1 << bitmap.granularity_bits, bool(bitmap.flags & AUTO))
+                ours.merge(name, theirs, name)
+            ours.save()
+    finally:
+        target.close()
 
 
 def _create(given: common.argparse.Namespace, target_format: str, disk_size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 
@@ -11,6 +12,7 @@ from coordinator.contract.errors import AtollError, UsageError
 #: subcommand -> what it does; each is a module here with ``run(arguments) -> exit status``
 COMMANDS = {
     "bench": "time requests to an image",
+    "bitmap": "add, remove, clear, enable, disable and merge dirty bitmaps",
     "check": "check an image, and repair it",
     "commit": "write what an image has over its backing file into that file",
     "compare": "compare the content of two images",
@@ -41,6 +43,8 @@ def run(arguments: list[str]) -> int:
     name, *rest = arguments
     if name not in COMMANDS:
         raise UsageError(f"unknown command '{name}'; atoll img --help lists them")
+    # an error is told once, by the command that has it
+    logging.getLogger("blockd.nbd.client").addFilter(lambda record: record.levelno < logging.ERROR)
     module = importlib.import_module(f"blockd.img.{name}")
     try:
         status: int = module.run(rest)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from blockd.qcow2.bitmaps import AUTO, IN_USE, Bitmap, load
-from blockd.qcow2.header import Autoclear
+from blockd.qcow2.header import Autoclear, ExtensionType
 from blockd.qcow2.tables import OFFSET
 from coordinator.contract.errors import BlockError
 
@@ -39,11 +39,16 @@ class DirtyBitmap:
         """BlockError when there is no such bitmap, or nothing can be said by it."""
         self.name = name
         self._image = image
-        bitmap = _find(image, name)
-        self._bits = bitmap.granularity_bits
-        self._following = bool(bitmap.flags & AUTO)
         #: bits that one entry of the table stands for
         self._per_entry = image.header.cluster_size * 8
+        self._load(_find(image, name))
+
+    def _load(self, bitmap: Bitmap) -> None:
+        image = self._image
+        #: changes when the bitmaps have been written anew, as for another size of the disk
+        self._directory = image.header.extension(ExtensionType.BITMAPS)
+        self._bits = bitmap.granularity_bits
+        self._following = bool(bitmap.flags & AUTO)
         data = image.host.read(bitmap.table_offset, 8 * bitmap.table_size)
         self._table: list[int] = np.frombuffer(data, ">u8").tolist()
 
@@ -65,6 +70,8 @@ class DirtyBitmap:
     def _edges(self, first: int, last: int) -> Iterator[tuple[int, bool]]:
         """Bits from which on another value may hold, with that value, of [first, last)."""
         image = self._image
+        if image.header.extension(ExtensionType.BITMAPS) != self._directory:
+            self._load(next(b for b in load(image.host, image.header) if b.name == self.name))
         live = None
         if self._following and image.tracker is not None:
             live = image.tracker.live(self.name)
@@ -112,7 +119,7 @@ def _find(image: Qcow2Image, name: str) -> Bitmap:
     if (
         not bitmap.known
         or not 9 <= bitmap.granularity_bits <= 31
-        or bitmap.table_size != -(-bits // (header.cluster_size * 8))
+        or bitmap.table_size < -(-bits // (header.cluster_size * 8))
     ):
         raise refuse("is of a kind that is not known here")
     if bitmap.flags & AUTO and image.tracker is not None and not image.tracker.can_follow(bitmap):

@@ -75,7 +75,7 @@ class Qcow2Image(Image):
         try:
             if locked and not self.host.lock(not read_only):
                 log.warning("%s: its file system has no locks; nothing keeps a second writer away", file)
-            self.header = self._read_header(repair)
+            self.header = self.read_header(repair)
             if snapshot is not None:
                 snapshots.view(self.host, self.header, snapshot)
             self.size = self.header.size
@@ -119,7 +119,7 @@ class Qcow2Image(Image):
                 self.close_files()
                 raise
 
-    def _read_header(self, repair: bool) -> Header:
+    def read_header(self, repair: bool) -> Header:
         size = self.host.size()
         first = self.host.read(0, min(size, 1 << header.MAX_CLUSTER_BITS))
         return header.parse(self.file, first, size, not self.read_only, repair)

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from blockd.qcow2 import snapshots
+from blockd.qcow2.bitmap_edit import BitmapSet
 from blockd.qcow2.header import MAX_SNAPSHOTS, ExtensionType, rewrite, write_tables
 from blockd.qcow2.snapshots import Snapshot
 from blockd.qcow2.switch import switch
 from blockd.qcow2.tables import Entries
 from blockd.qcow2.walk import read_l1
+from coordinator.contract.errors import BlockError
 
 if TYPE_CHECKING:
     from blockd.qcow2.image import Qcow2Image
@@ -69,11 +71,16 @@ def apply(image: Qcow2Image, wanted: str) -> None:
         known = snapshots.load(image.host, image.header)
         snapshot = snapshots.find(image.file, known, wanted)
         l1 = read_l1(image, snapshot.l1_table_offset, snapshot.l1_size)
+        size, old = snapshot.disk_size, image.size
+        if size > old:
+            _resize_bitmaps(image, size)
         if image.tracker is not None:
-            if snapshot.disk_size != image.size:
-                raise OSError(errno.ENOTSUP, f"{image.file}: has dirty bitmaps, so its size cannot change")
-            image.tracker.mark(0, image.size)
-        switch(image, l1, snapshot.disk_size, known)
+            image.tracker.mark(0, old)
+        switch(image, l1, size, known)
+        if size < old:
+            _resize_bitmaps(image, size)
+        if image.tracker is not None:
+            image.tracker.mark(0, size)
 
 
 def delete(image: Qcow2Image, wanted: str) -> None:
@@ -90,14 +97,15 @@ def resize(image: Qcow2Image, size: int) -> None:
         header = image.header
         if size == header.size:
             return
-        if image.tracker is not None:
-            raise OSError(errno.ENOTSUP, f"{image.file}: has dirty bitmaps, so its size cannot change")
+        _resize_bitmaps(image, size, trying=True)
         old = header.size
         entries = max(1, header.l1_entries_for(size))
         l1: Entries = np.zeros(entries, np.uint64)
         kept = min(entries, len(image.mapping.l1))
         if size < old:
             _cut(image, size)
+        else:
+            _resize_bitmaps(image, size)
         l1[:kept] = image.mapping.l1[:kept]
         if image.data is not image.host and size > old:
             if image.data.size() > old:
@@ -114,15 +122,29 @@ def resize(image: Qcow2Image, size: int) -> None:
                 image.size = header.size
         else:
             switch(image, l1, size, known)
+        if size < old:
+            _resize_bitmaps(image, size)
         if image.data is not image.host and size < old:
             image.data.resize(size)
 
 
+def _resize_bitmaps(image: Qcow2Image, size: int, trying: bool = False) -> None:
+    """Fit the dirty bitmaps to a disk of that size, or with ``trying`` only see whether that can be. They
+    are never shorter than the disk: so before it grows, and after it has been cut."""
+    if image.tracker is None:
+        return
+    try:
+        changed = BitmapSet(image)
+        changed.resize(size)
+        if not trying:
+            changed.save()
+    except BlockError as error:
+        raise OSError(error.errno, f"{image.file}: {error}") from None
+
+
 def make_empty(image: Qcow2Image) -> None:
-    """Forget all content: everything reads as the backing file again."""
+    """Forget all content: everything reads as the backing file again, which has the same content already."""
     with at_rest(image):
-        if image.tracker is not None:
-            image.tracker.mark(0, image.size)
         l1: Entries = np.zeros(len(image.mapping.l1), np.uint64)
         switch(image, l1, image.header.size, snapshots.load(image.host, image.header))
 
@@ -144,7 +166,11 @@ def _cut(image: Qcow2Image, size: int) -> None:
     covered = header.cluster_size << image.mapping.layout.l2_bits
     stop = min(header.size, -(-size // covered) * covered)
     if stop > size:
-        image.write_zeroes(size, stop - size, unmap=True, fast=False)
+        tracker, image.tracker = image.tracker, None  # what is kept does not change
+        try:
+            image.write_zeroes(size, stop - size, unmap=True, fast=False)
+        finally:
+            image.tracker = tracker
         image.refcounts.give_back_reserved()
         image.flush()
 

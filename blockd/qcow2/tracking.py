@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from blockd.qcow2.bitmaps import AUTO, IN_USE, Bitmap, load
+from blockd.qcow2.bitmaps import (
+    AUTO,
+    IN_USE,
+    MAX_GRANULARITY_BITS,
+    MIN_GRANULARITY_BITS,
+    MOST_BITS,
+    Bitmap,
+    load,
+    read_bits,
+)
 from blockd.qcow2.tables import OFFSET
 
 if TYPE_CHECKING:
@@ -22,10 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: bits of one bitmap that are kept in memory, a byte each
-MOST_BITS = 1 << 26
 _FLAGS_AT = 12
-_ALL_ONES = 1
 
 
 class _Tracked:
@@ -37,15 +43,8 @@ class _Tracked:
         raw = image.host.read(bitmap.table_offset, 8 * bitmap.table_size)
         self.table = np.frombuffer(raw, ">u8").astype(np.uint64)
         self.per_cluster = size * 8
-        self.bits: npt.NDArray[np.bool_] = np.zeros(len(self.table) * self.per_cluster, np.bool_)
+        self.bits = read_bits(image.host, image.header, bitmap)
         self.changed: npt.NDArray[np.bool_] = np.zeros(len(self.table), np.bool_)
-        for index, entry in enumerate(self.table.tolist()):
-            part = self.bits[index * self.per_cluster : (index + 1) * self.per_cluster]
-            if entry & OFFSET:
-                data = np.frombuffer(image.host.read(entry & OFFSET, size), np.uint8)
-                part[:] = np.unpackbits(data, bitorder="little")
-            elif entry & _ALL_ONES:
-                part[:] = True
 
     def mark(self, offset: int, length: int) -> None:
         first = offset >> self.bitmap.granularity_bits
@@ -55,7 +54,7 @@ class _Tracked:
 
     def store(self, image: Qcow2Image) -> None:
         """Write what has changed, data before the table."""
-        valid = -(-image.size >> self.bitmap.granularity_bits)
+        valid = self.bitmap.bits_for(image.size)
         self.bits[valid:] = False  # "unused tail bits must be zero"
         for index in np.flatnonzero(self.changed).tolist():
             part = self.bits[index * self.per_cluster : (index + 1) * self.per_cluster]
@@ -99,10 +98,13 @@ class Tracker:
     def can_follow(self, bitmap: Bitmap) -> bool:
         """Is it consistent, and small enough for memory?"""
         header = self._image.header
-        bits = -(-header.size >> bitmap.granularity_bits)
-        entries = -(-bits // (header.cluster_size * 8))
-        usable = bitmap.known and not bitmap.flags & IN_USE and 9 <= bitmap.granularity_bits <= 31
-        return usable and entries == bitmap.table_size and bits <= MOST_BITS
+        if not bitmap.known or bitmap.flags & IN_USE:
+            return False
+        if not MIN_GRANULARITY_BITS <= bitmap.granularity_bits <= MAX_GRANULARITY_BITS:
+            return False
+        bits = bitmap.bits_for(header.size)
+        # the table is longer between the two steps of a change of size
+        return -(-bits // (header.cluster_size * 8)) <= bitmap.table_size and bits <= MOST_BITS
 
     def live(self, name: str) -> npt.NDArray[np.bool_] | None:
         """The bits of a bitmap since the first write; None before it, when those in the file are true."""

@@ -82,13 +82,6 @@ def test_a_crash_leaves_the_bitmap_marked(file: str) -> None:
     qemu_check(file, leaks_allowed=True)
 
 
-def test_the_size_cannot_change(file: str) -> None:
-    image = Qcow2Image(file)
-    with pytest.raises(OSError, match="dirty bitmaps"):
-        operations.resize(image, 32 * MIB)
-    image.close()
-
-
 def test_the_bit_without_the_extension_is_cleared(tmp_path: Path) -> None:
     name = tmp_path / "plain.qcow2"
     run_tool("qemu-img", "create", "-q", "-f", "qcow2", str(name), "1M")

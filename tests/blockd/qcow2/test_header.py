@@ -38,14 +38,18 @@ class _Log(HostFile):
         self.log.append(None)
 
 
-def states(start: bytes, log: list[tuple[int, bytes] | None]) -> list[bytes]:
-    """What the file may be after loss of power: all up to a sync, and any of the writes behind it."""
-    result, done = [], bytearray(start)
+def states(start: bytes, log: list[tuple[int, bytes] | None], most: int = 12) -> list[bytes]:
+    """What the file may be after loss of power: all up to a sync, and any of the writes behind it; of more
+    than ``most`` of those, the last ones."""
+    end = max(offset + len(content) for offset, content in filter(None, log))
+    result, done = [], bytearray(start.ljust(end, b"\0"))
     for last, group in itertools.groupby(log, key=lambda entry: entry is None):
         writes = [entry for entry in group if entry is not None]
         if last:
             continue
-        assert len(writes) < 12
+        for offset, content in writes[:-most]:
+            done[offset : offset + len(content)] = content
+        writes = writes[-most:]
         for kept in itertools.product((False, True), repeat=len(writes)):
             data = bytearray(done)
             for (offset, content), keep in zip(writes, kept, strict=True):
