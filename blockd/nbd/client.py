@@ -289,24 +289,23 @@ class Client:
             for request in unanswered:
                 request.begin()
                 request.attempts += 1
-            for request in repeated:
-                self._repeat(wire, info, request)
+            self._repeat(wire, info, repeated)
             for request in unanswered:
                 self._send(wire, request, self._replies.take)
         log.warning("%s: connected again", self._address.server)
 
-    def _repeat(self, wire: Wire, info: ExportInfo, request: Request) -> None:
-        """One write again, and wait for it: the next one may overlap it."""
-        request.cookie = next(self._cookies)
-        done: list[Request] = []
-        replies = Replies(
-            wire, info, lambda cookie: request if cookie == request.cookie else None, done.append
-        )
-        self._send(wire, request)
-        while not done:
-            replies.take()
-        if request.error:
-            self._broken_promise = "an earlier write could not be repeated, and may be lost"
+    def _repeat(self, wire: Wire, info: ExportInfo, requests: list[Request]) -> None:
+        """Writes again, one after the other, for they may overlap."""
+        sent: dict[int, Request] = {}
+        replies = Replies(wire, info, sent.get, lambda request: sent.__delitem__(request.cookie))
+        for request in requests:
+            request.cookie = next(self._cookies)
+            sent[request.cookie] = request
+            self._send(wire, request)
+            while sent:
+                replies.take()
+            if request.error:
+                self._broken_promise = "an earlier write could not be repeated, and may be lost"
 
     def _replies_on(self, wire: Wire, info: ExportInfo) -> Replies:
         return Replies(wire, info, self._find, self._finish)
