@@ -203,6 +203,34 @@ def test_an_export_that_grows(
     assert "failed" not in run_tool("qemu-io", "-f", image_format, *script, file)
 
 
+def test_snapshots_and_bitmaps_over_the_control_path(
+    runtime: Path, coordinator: Coordinator, tmp_path: Path
+) -> None:
+    """Two states of one disk side by side, both read-only."""
+    file = str(tmp_path / "disk")
+    run_tool("qemu-img", "create", "-q", "-f", "qcow2", file, "1M")
+    run_tool("qemu-io", "-f", "qcow2", "-c", "write -P 1 0 1M", file)
+    run_tool("qemu-img", "snapshot", "-c", "before", file)
+    run_tool("qemu-img", "bitmap", "--add", file, "b0")
+    run_tool("qemu-io", "-f", "qcow2", "-c", "write -P 2 0 64k", file)
+    island = Island(runtime)
+    coordinator.notice()
+    now = Export("now", file, "qcow2", read_only=True, bitmaps=("b0",))
+    assert coordinator.ask(messages.OpenExport, export=now).error is None
+    then = Export("then", file, "qcow2", load_snapshot="before")
+    answer = coordinator.ask(messages.OpenExport, export=then)
+    assert answer.error is None and answer.value["read_only"] is True
+    assert read(connected(runtime, "now"), 512) == b"\2" * 512
+    assert read(connected(runtime, "then"), 512) == b"\1" * 512
+    place = f"nbd+unix:///now?socket={nbd_socket(str(runtime))}"
+    told = run_tool("nbdinfo", "--map=qemu:dirty-bitmap:b0", place)
+    assert [line.split()[:3] for line in told.splitlines()] == [["0", "65536", "1"], ["65536", "983040", "0"]]
+    wrong = coordinator.ask(messages.OpenExport, export=Export("x", file, "qcow2", load_snapshot="after"))
+    assert wrong.error == f"{file}: there is no snapshot 'after'"
+    coordinator.ask(messages.Quit)
+    assert island.end() == 0
+
+
 def test_it_does_not_start_with_a_bad_image(runtime: Path, coordinator: Coordinator, tmp_path: Path) -> None:
     good = Export("hd0", make_image(tmp_path / "disk", 4096, 0))
     island = Island(runtime, good, Export("hd1", make_image(tmp_path / "odd", 1000, 0)))
