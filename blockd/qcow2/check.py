@@ -117,7 +117,16 @@ def recount(image: Qcow2Image) -> None:
 
 
 def _free_leaks(image: Qcow2Image) -> None:
-    counts = walk_image(image).counts
-    surplus = image.refcounts.all(len(counts)).astype(np.int64) - counts.astype(np.int64)
-    for extra in np.unique(surplus[surplus > 0]).tolist():
-        image.refcounts.change(np.flatnonzero(surplus == extra), -int(extra))
+    """Count down what is counted too often. A cluster that is left with one reference needs its COPIED
+    flag, too, which cannot be set in the same moment: then all is counted again, if all tables are good."""
+    walk = walk_image(image)
+    stored, counts = image.refcounts.all(len(walk.counts)), walk.counts
+    leaked = stored > counts
+    if (leaked & (counts == 1)).any():
+        if not walk.errors and not (stored < counts).any():
+            recount(image)
+            return
+        leaked &= counts != 1
+    surplus = stored.astype(np.int64) - counts.astype(np.int64)
+    for extra in np.unique(surplus[leaked]).tolist():
+        image.refcounts.change(np.flatnonzero(leaked & (surplus == extra)), -int(extra))

@@ -16,6 +16,7 @@ import errno
 import itertools
 import os
 from collections import OrderedDict, deque
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -86,6 +87,8 @@ class Refcounts:
         self._cached_blocks = max(2, CACHE_BYTES // (self.per_block * _DECODED[self.order].itemsize))
         self._reserved: deque[tuple[int, int]] = deque()
         self._batch = FIRST_BATCH
+        #: (first, count) -> do any of these clusters hold the header or a table?
+        self.holds_table: Callable[[int, int], bool] = lambda first, count: False
         #: no cluster below is free, as far as is known
         self._search_from = 0
         self.reload()
@@ -231,8 +234,12 @@ class Refcounts:
         self._search_from = int(clusters[-1]) + 1
 
     def _prepare(self, runs: list[tuple[int, int]]) -> None:
-        """Zeroes where there may be something else, and a file that is long enough."""
+        """Zeroes where there may be something else, and a file that is long enough. EIO when refcounts say
+        that a table is free."""
         size = self._file.size()
+        for first, count in runs:
+            if self.holds_table(first, count):
+                raise OSError(errno.EIO, f"{self._file.file}: refcounts are wrong; check the image")
         for first, count in runs:
             if first << self.bits < size:
                 self._file.zero(first << self.bits, count << self.bits)

@@ -20,7 +20,16 @@ from blockd.qcow2.refcounts import encode, runs_of
 from blockd.qcow2.snapshots import Snapshot
 from blockd.qcow2.subclusters import mended
 from blockd.qcow2.tables import COMPRESSED, COPIED, OFFSET, Entries, L2Table
-from blockd.qcow2.walk import Walk, impossible, mark_fixed, mark_snapshot, mark_tree, tables_of, valid_tables
+from blockd.qcow2.walk import (
+    Walk,
+    clusters_in,
+    impossible,
+    mark_fixed,
+    mark_snapshot,
+    mark_tree,
+    tables_of,
+    valid_tables,
+)
 
 if TYPE_CHECKING:
     from blockd.qcow2.image import Qcow2Image
@@ -70,7 +79,7 @@ def switch(
     if repairing:
         l1[~valid_tables(l1, layout)] = 0
         l1[(l1 & _OFFSET) >= np.uint64(image.host.size())] = 0
-    clusters = -(-image.host.size() // cluster_size)
+    clusters = clusters_in(image)
     walk = Walk(np.zeros(clusters, np.uint64))
     mark_fixed(walk, image)
     mark_tree(walk, image, l1, "active table")

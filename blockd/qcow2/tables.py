@@ -157,6 +157,7 @@ class Mapping:
         self.layout = Layout(header)
         self._cache: OrderedDict[int, L2Table] = OrderedDict()
         self._cached_tables = max(4, CACHE_BYTES >> header.cluster_bits)
+        refcounts.holds_table = self.holds_table
         #: no entries but those that C knows: see batch.h
         self.plain = not header.incompatible & Incompatible.EXTENDED_L2
         #: struct batch_tables: what is in memory, for C
@@ -193,6 +194,7 @@ class Mapping:
         if (
             entry & L1_RESERVED
             or offset & (self.layout.size - 1)
+            or offset >= self._file.size()
             or self._points_at_tables(np.array([offset], np.uint64))
         ):
             raise self._damaged(f"L1 entry {index} ({entry:#018x}) is not possible")
@@ -228,6 +230,9 @@ class Mapping:
             tables = self.l1 & _OFFSET
             if len(used) and (np.isin(used, tables).any() or self._points_at_tables(used)):
                 raise self._damaged(f"L2 table {index} points at metadata")
+            # a write there would make the file as large as the entry says
+            if len(used) and used[-1] > np.uint64(self._file.size() + self.layout.size):
+                raise self._damaged(f"L2 table {index} points behind the end of the file")
         if bad.any():
             raise self._damaged(f"L2 table {index} has the impossible entry {int(standard[bad][0]):#018x}")
 
@@ -252,6 +257,14 @@ class Mapping:
                 return True
         blocks = self._refcounts.table
         return bool(np.isin(used, blocks[blocks != 0]).any())
+
+    def holds_table(self, first: int, count: int) -> bool:
+        """Does any of these host clusters hold the header or a table that is in use?"""
+        start, end = np.uint64(first << self.layout.bits), np.uint64((first + count) << self.layout.bits)
+        tables = self.l1 & _OFFSET
+        offsets = np.arange(start, end, self.layout.size, dtype=np.uint64)
+        inside = (tables >= start) & (tables < end) & (tables != 0)
+        return not first or bool(inside.any()) or self._points_at_tables(offsets)
 
     def runs(self, table: L2Table, first: int, count: int) -> list[Run]:
         """What entries ``first`` to ``first + count`` mean."""

@@ -5,6 +5,7 @@ Source: "Qcow2 Image File Format": all sections that say what a cluster can be u
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -29,6 +30,9 @@ from blockd.qcow2.tables import (
 
 if TYPE_CHECKING:
     from blockd.qcow2.image import Qcow2Image
+
+#: of a file whose references are counted: 16 TiB with clusters of 64 KiB
+MOST_CLUSTERS = 1 << 28
 
 Numbers = npt.NDArray[np.uint64]
 _COPIED, _COMPRESSED, _OFFSET = np.uint64(COPIED), np.uint64(COMPRESSED), np.uint64(OFFSET)
@@ -134,10 +138,18 @@ def _statistics(walk: Walk, entries: Entries, layout: Layout, next_offset: int) 
     return int(offsets[-1]) + layout.size
 
 
+def clusters_in(image: Qcow2Image) -> int:
+    """Host clusters of the file; OSError when there are too many to be counted, 8 bytes each."""
+    clusters = -(-image.host.size() // image.header.cluster_size)
+    if clusters > MOST_CLUSTERS:
+        raise OSError(errno.EFBIG, f"{image.file}: a file of {clusters} clusters is too large to be checked")
+    return clusters
+
+
 def walk_image(image: Qcow2Image) -> Walk:
     """Count all references of an image as it is on the disk."""
     header, bits = image.header, image.header.cluster_bits
-    walk = Walk(np.zeros(-(-image.host.size() >> bits) if image.host.size() else 0, np.uint64))
+    walk = Walk(np.zeros(clusters_in(image), np.uint64))
     mark_fixed(walk, image)
     walk.mark_bytes(
         header.refcount_table_offset, header.refcount_table_clusters << bits, bits, "refcount table"

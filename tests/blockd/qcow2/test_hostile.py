@@ -17,11 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blockd.qcow2.backing import Chain
-from blockd.qcow2.check import check
+from blockd.qcow2.check import check, repair
 from blockd.qcow2.compression import decompress
 from blockd.qcow2.image import Qcow2Image
 from coordinator.contract.errors import BlockError
-from tests.blockd.qcow2.support import make, read
+from tests.blockd.qcow2.support import make, qemu_check, read
 from tests.support.tools import run_tool
 
 
@@ -145,6 +145,53 @@ def test_l1_entry_that_points_at_the_header_or_the_l1_table(tmp_path: Path) -> N
         with pytest.raises(OSError, match="L1 entry"):
             image.write(0, b"z")
         image.close()
+
+
+@pytest.mark.parametrize("table", [0x30000, 0x40000], ids=["L1", "L2"])
+def test_entries_that_would_make_the_file_huge(tmp_path: Path, table: int) -> None:
+    file = make(tmp_path / "disk.qcow2", 1 << 20)
+    image = Qcow2Image(file)
+    image.write(0, b"x" * 512)
+    image.close()
+    patched(file, (table, ">Q", 1 << 63 | 1 << 50))
+    size = os.path.getsize(file)
+    image = Qcow2Image(file)
+    for offset in (0, 65536):
+        with pytest.raises(OSError, match="not possible|behind the end"):
+            image.write(offset, b"y" * 512)
+    image.close()
+    assert os.path.getsize(file) == size
+
+
+@pytest.mark.parametrize("cluster", [0, 1, 2, 3, 4], ids=["header", "table", "block", "L1", "L2"])
+def test_tables_whose_refcount_is_zero_are_not_given_away(tmp_path: Path, cluster: int) -> None:
+    file = make(tmp_path / "disk.qcow2", 1 << 20)
+    image = Qcow2Image(file)
+    image.write(0, b"x" * 512)
+    image.close()
+    patched(file, (0x20000 + 2 * cluster, ">H", 0))
+    before = Path(file).read_bytes()
+    image = Qcow2Image(file)
+    with pytest.raises(OSError, match="refcounts are wrong"):
+        image.write(65536, b"y" * 512)
+    image.close()
+    assert Path(file).read_bytes() == before
+    assert run_tool("qemu-img", "check", file, status=2)  # and QEMU finds that wrong, too
+
+
+def test_a_leak_of_a_cluster_in_use_is_freed_with_its_flag(tmp_path: Path) -> None:
+    file = make(tmp_path / "disk.qcow2", 1 << 20)
+    image = Qcow2Image(file)
+    image.write(0, b"x" * 512)
+    data = image.mapping.l1_view[0] & ~(1 << 63)
+    image.close()
+    # as after the loss of a snapshot: counted twice, and so without the flag COPIED
+    patched(file, (0x20000 + 2 * 5, ">H", 2), (data, ">Q", 0x50000))
+    qemu_check(file, leaks_allowed=True)
+    image = Qcow2Image(file, repair=True)
+    assert repair(image, everything=False).leaks_fixed == 1
+    image.close()
+    qemu_check(file)
 
 
 def test_petabytes_in_a_tiny_file_cost_nothing(tmp_path: Path) -> None:
