@@ -212,11 +212,13 @@ class Handshake:
             self._reply_error(option, OptionReply.ERR_INVALID, "TLS is in use already")
         else:
             self._reply(option, OptionReply.ACK)
-            secured = self._terms.tls.wrap_socket(self._sock, server_side=True, do_handshake_on_connect=False)
-            self._sock = secured
-            self._replaced(secured)
-            secured.settimeout(self._time_left())
             try:
+                secured = self._terms.tls.wrap_socket(
+                    self._sock, server_side=True, do_handshake_on_connect=False
+                )
+                self._sock = secured
+                self._replaced(secured)
+                secured.settimeout(self._time_left())
                 secured.do_handshake()
             except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
                 raise Hangup(f"TLS: {error}") from None

@@ -89,15 +89,20 @@ def listen_tcp(host: str, port: int) -> list[Listener]:
 
 
 def inherited() -> list[Listener]:
-    """Listening sockets that the process was started with (sd_listen_fds(3))."""
-    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+    """Listening sockets that the process was started with (sd_listen_fds(3)). BlockError when they are
+    none."""
+    count = os.environ.get("LISTEN_FDS", "")
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or not count.isdecimal():
         return []
-    count = int(os.environ.get("LISTEN_FDS", "0"))
     found = []
-    for fd in range(_FIRST_FD, _FIRST_FD + count):
-        os.set_inheritable(fd, False)
-        sock = socket.socket(fileno=fd)
-        sock.setblocking(False)
+    for fd in range(_FIRST_FD, _FIRST_FD + int(count)):
+        try:
+            os.set_inheritable(fd, False)
+            sock = socket.socket(fileno=fd)
+            sock.setblocking(False)
+        except OSError as error:
+            text = f"descriptor {fd}, which LISTEN_FDS names: {error.strerror}"
+            raise BlockError(text, error.errno or errno.EIO) from None
         found.append(Listener(sock))
     return found
 

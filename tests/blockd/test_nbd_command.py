@@ -255,6 +255,12 @@ def test_sockets_that_are_handed_in(disk: str) -> None:
     assert told.strip() == "1048576"
 
 
+def test_a_descriptor_that_is_no_socket(disk: str) -> None:
+    text = 'exec 3<"$1"; shift; export LISTEN_FDS=1 LISTEN_PID=$$; exec "$@"'
+    said = run_tool("sh", "-c", text, "sh", disk, *ATOLL_NBD, "-r", "-f", "raw", disk, status=1)
+    assert said == "atoll nbd: descriptor 3, which LISTEN_FDS names: Socket operation on non-socket\n"
+
+
 # ---- what it serves ------------------------------------------------------------------------------------
 def test_name_and_description(start: Start, runtime: Path, disk: str) -> None:
     path = str(runtime / "s")
