@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import select
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,16 @@ MIB = 1 << 20
 
 def dirty(file: str, name: str) -> list[tuple[int, int]]:
     """(start, length) of what a bitmap marks, as qemu-nbd exports it."""
-    socket = file + ".sock"
-    run_tool("qemu-nbd", "--fork", "-r", "-f", "qcow2", "-B", name, "-k", socket, file)
-    told = run_tool("nbdinfo", "--json", f"--map=qemu:dirty-bitmap:{name}", f"nbd+unix:///?socket={socket}")
+    socket, number = file + ".sock", Path(file + ".pid")
+    how = "--fork", "--pid-file", str(number), "-r", "-f", "qcow2", "-B", name, "-k", socket
+    run_tool("qemu-nbd", *how, file)
+    server = os.pidfd_open(int(number.read_text()))
+    try:
+        uri = f"nbd+unix:///?socket={socket}"
+        told = run_tool("nbdinfo", "--json", f"--map=qemu:dirty-bitmap:{name}", uri)
+        assert select.select([server], [], [], 60)[0]  # it ends after its client, with its locks
+    finally:
+        os.close(server)
     return [(row["offset"], row["length"]) for row in json.loads(told) if row["type"] == 1]
 
 
