@@ -237,17 +237,15 @@ class Destination:
                 raise _stale(transfer, epoch, self._granted[transfer][0])
             return self._granted[transfer][1]
         awaited = self._awaited()
+        slots = {ident: Slot(wanted.file, self._exports.folder_type) for ident, wanted in awaited.items()}
         claims = [Claim(ident, wanted.file) for ident, wanted in awaited.items()]
         taken: dict[str, tuple[Lease, Record]] = {}
-        path = ""
         try:
+            path = self._check_decision(transfer, epoch, slots)
             with proven_free(claims) as free:
-                slots = {claim.id: Slot(claim.file, self._exports.folder_type) for claim, _ in free}
-                locked = {claim.id: locked for claim, locked in free}
-                path = self._check_decision(transfer, epoch, slots, locked)
                 highest = max(epoch, *(_epoch(slot) for slot in slots.values()))
-                for ident, slot in slots.items():
-                    taken[ident] = self._take(ident, slot, transfer, highest + 1, locked[ident])
+                for claim, _ in free:
+                    taken[claim.id] = self._take(claim.id, slots[claim.id], transfer, highest + 1)
             for ident, (lease, _) in taken.items():
                 self._exports.open_export(active(awaited[ident]), lease)
         except (BlockError, OSError) as error:
@@ -269,23 +267,15 @@ class Destination:
             raise BlockError("no image is waiting for its lease", errno.ENOENT)
         return awaited
 
-    def _check_decision(
-        self, transfer: str, epoch: int, slots: dict[str, Slot], locked: dict[str, bool]
-    ) -> str:
+    def _check_decision(self, transfer: str, epoch: int, slots: dict[str, Slot]) -> str:
         """Released, to this epoch, and exactly these images; returns where the decision lies."""
         records: dict[str, Record] = {}
         for ident, slot in slots.items():
-            record = _top(slot.image, slot, transfer, locked[ident])[-1].record
+            record = _top(slot.image, slot, transfer)[-1].record
             assert record is not None
             records[ident] = record
-        decision = path = None
-        for ident, record in records.items():
-            path = decision_path(slots[ident], record)
-            decision = decision_of(slots[ident], record)
-            if decision is not None:
-                break
-        if path is None:
-            raise BlockError("no image can be leased here", errno.ENOLCK)
+        slot, record = next((slots[ident], record) for ident, record in records.items())
+        path, decision = decision_path(slot, record), decision_of(slot, record)
         if decision is None:
             raise BlockError("the source has not released its images", errno.EAGAIN)
         if decision.verdict != "released":
@@ -300,11 +290,9 @@ class Destination:
                 raise BlockError(f"{slots[ident].image}: is not among the images released", errno.EINVAL)
         return path
 
-    def _take(
-        self, ident: str, slot: Slot, transfer: str, epoch: int, locked: bool
-    ) -> tuple[Lease, Record]:
+    def _take(self, ident: str, slot: Slot, transfer: str, epoch: int) -> tuple[Lease, Record]:
         wanted = self._exports.wanted[ident]
-        seen = _top(wanted.file, slot, transfer, locked)
+        seen = _top(wanted.file, slot, transfer)
         before = seen[-1].record
         assert before is not None
         more = {"transfer": transfer, "decision": before.decision}
@@ -329,7 +317,7 @@ class Destination:
         lease.pass_on()
 
 
-def _top(file: str, slot: Slot, transfer: str, locked: bool = False) -> tuple[Found, ...]:
+def _top(file: str, slot: Slot, transfer: str) -> tuple[Found, ...]:
     """The records of an image that this transfer is about to bring here, or that we could not put back."""
     try:
         seen = slot.look()
@@ -339,7 +327,7 @@ def _top(file: str, slot: Slot, transfer: str, locked: bool = False) -> tuple[Fo
     if record is None or record.transfer != transfer:
         has = f"is leased to {record.holder()}" if record is not None else "has no lease"
         raise BlockError(f"{file}: is not part of transfer {transfer} ({has})", errno.ESTALE)
-    if record.state == "held" and not (ours(record) and abandoned(record, locked)):
+    if record.state == "held" and not (ours(record) and abandoned(record, locked=False)):
         raise BlockError(f"{file}: is leased to {record.holder()}", errno.EAGAIN)
     return seen
 

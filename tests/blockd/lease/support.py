@@ -163,6 +163,12 @@ class World:
                 actor.kill()
         self.boots[machine] += "+"
 
+    def end(self) -> None:
+        for actor in self.actors:
+            if actor.alive:
+                actor.kill()
+        self.actors.clear()
+
     def writers(self, ident: str) -> list[Actor]:
         return [actor for actor in self.actors if actor.writes(ident)]
 
