@@ -45,7 +45,7 @@ HANDSHAKE_SECONDS = 10.0
 #: pauses between two attempts to connect: the first, and the longest
 FIRST_PAUSE, LONGEST_PAUSE = 0.01, 1.0
 #: connections that one request is sent on before it fails
-MOST_ATTEMPTS = 5
+MOST_ATTEMPTS = 8
 
 _JOURNALED = frozenset({Command.WRITE, Command.WRITE_ZEROES})
 

@@ -43,7 +43,7 @@ class Volatile:
 
     def _serve(self, sock: socket.socket) -> None:
         negotiate(sock, len(self.durable))
-        last = self._rnd.randrange(1, 60) if self.outages < self._limit else 1 << 30
+        last = self._rnd.randrange(20, 120) if self.outages < self._limit else 1 << 30
         for number in range(last):
             asked = take(sock)
             reply = self._answer(asked)
