@@ -61,20 +61,43 @@ def _take_over(image: Qcow2Image, new: Image | None, progress: common.Progress) 
     """Copy what reads differently from below."""
     old = image.backing
     for kind, start, size, _ in list(image.map(0, image.size)):
-        at, end = start, start + size
-        while kind == UNALLOCATED and at < end:
-            if at >= max(old.size if old else 0, new.size if new else 0):
-                break  # both are zero from here on
-            piece = min(CHUNK, end - at)
-            before, after = bytearray(piece), bytearray(piece)
-            if old is not None:
-                read_below(old, at, memoryview(before))
-            if new is not None:
-                read_below(new, at, memoryview(after))
-            _copy_differences(image, at, before, after)
-            at += piece
-            progress.at(at)
+        if kind != UNALLOCATED:
+            continue
+        for at, end in _not_zero([old, new], start, size, image.header.cluster_size):
+            while at < end:
+                piece = min(CHUNK, end - at)
+                before, after = bytearray(piece), bytearray(piece)
+                if old is not None:
+                    read_below(old, at, memoryview(before))
+                if new is not None:
+                    read_below(new, at, memoryview(after))
+                _copy_differences(image, at, before, after)
+                at += piece
+                progress.at(at)
     progress.end()
+
+
+def _not_zero(below: list[Image | None], start: int, length: int, cluster: int) -> list[tuple[int, int]]:
+    """(begin, end) of the ranges in which one of the images may have data, in order and in whole clusters as
+    far as the range has those."""
+    found = []
+    for image in below:
+        inside = 0 if image is None else min(length, image.size - start)
+        if image is None or inside <= 0:
+            continue
+        at = start
+        for extent in image.extents(start, inside):
+            if not extent.zero:
+                first, last = at // cluster * cluster, -(-(at + extent.length) // cluster) * cluster
+                found.append((max(start, first), min(start + length, last)))
+            at += extent.length
+    merged: list[tuple[int, int]] = []
+    for first, last in sorted(found):
+        if merged and first <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(last, merged[-1][1])
+        else:
+            merged.append((first, last))
+    return merged
 
 
 def _copy_differences(image: Qcow2Image, at: int, before: bytearray, after: bytearray) -> None:
@@ -83,5 +106,9 @@ def _copy_differences(image: Qcow2Image, at: int, before: bytearray, after: byte
     size = image.header.cluster_size
     for inside in range(0, len(before), size):
         piece = before[inside : inside + size]
-        if piece != after[inside : inside + size]:
+        if piece == after[inside : inside + size]:
+            continue
+        if piece.strip(b"\0"):
             image.write(at + inside, piece)
+        else:
+            image.write_zeroes(at + inside, len(piece), unmap=True, fast=False)
