@@ -204,7 +204,7 @@ def _export(given: argparse.Namespace) -> Export:
         file=absolute_name(given.file[0]),
         format=given.format or "auto",
         read_only=given.read_only or bool(given.load_snapshot),
-        backing_allowed=tuple(p if p == "*" else os.path.abspath(p) for p in given.allow_backing),
+        backing_allowed=tuple(p if p == "*" else absolute_name(p) for p in given.allow_backing),
         snapshot=given.snapshot,
         unsafe=given.cache == "unsafe",
         description=given.description,
