@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from coordinator.cli.settings import Settings
 from coordinator.contract.errors import ConfigError
+from coordinator.contract.nbd import is_network_name
 
 
 def check(s: Settings) -> None:
@@ -18,7 +19,7 @@ def check(s: Settings) -> None:
     for file in _initrds(s.initrd):
         _readable("-initrd", file)
     for drive in s.drives:
-        if drive.file is not None:
+        if drive.file is not None and not is_network_name(drive.file):
             mode = _readable(f"drive {drive.id}:", drive.file, (stat.S_ISREG, stat.S_ISBLK))
             if not (drive.read_only or drive.snapshot) and not os.access(drive.file, os.W_OK):
                 raise ConfigError(
