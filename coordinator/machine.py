@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import logging
 import os
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from coordinator.contract.config import (
     control_endpoint,
     export_of,
 )
-from coordinator.contract.errors import IslandError, MessageError
+from coordinator.contract.errors import AtollError, IslandError, MessageError
 from coordinator.contract.island import router
 from coordinator.contract.segment import Segment
 from coordinator.islands import Island
@@ -57,9 +58,14 @@ OPTION_ROM_ROOM = 64 << 10
 RESET_CAUSES = ("guest-reset", "subsystem-reset")
 SHUTDOWN_CAUSES = ("guest-shutdown", *RESET_CAUSES)
 
+#: states in which a guest that has been moved away, or not here yet, cannot be made to run
+AWAY = {"postmigrate": "has been migrated away", "inmigrate": "is waiting for its migration"}
+
 Notice = messages.AnyNotice
 #: what may precede the guest's first instruction: loads RAM and says how vCPU 0 starts
 Loader = Callable[[Segment], messages.LoadCpu | None]
+#: told of a step on the way
+Step = Callable[[str], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,16 @@ class Ending:
     reason: str
     status: int = 0
     error: str | None = None
+
+
+@dataclass
+class Frozen:
+    """A guest that is held still. ``runstate`` is what it was before, ``stopped_at_ns`` UNIX time when it
+    stopped. Set ``after`` to leave it still, in that state."""
+
+    runstate: str
+    stopped_at_ns: int
+    after: str | None = None
 
 
 class Vm:
@@ -81,7 +97,11 @@ class Vm:
         self.machine = machine
         self.options = options
         self.state = "prelaunch"
+        #: counts the coordinators that have had this guest, by migration: the higher one is right
+        self.epoch = 1
         self.ending: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
+        #: see migrate/manager.py, which needs this module
+        self.migration: Any = None
         #: called with (event name, data) for QMP
         self.on_event: list[Callable[[str, dict[str, Any]], None]] = []
         self.on_serial: Callable[[int, bytes], None] = lambda index, data: None
@@ -118,12 +138,14 @@ class Vm:
         self._doorbells = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)]
         plain = router(self._context, control_endpoint(str(self.folder)))
         self._socket = zmq.asyncio.Socket.shadow(plain)
-        self._spawn(self._receive())
+        self.spawn(self._receive())
         self._start_islands()
         await self._wait_for_hellos()
         await self._load()
+        if self.options.incoming is not None:
+            self.state = "inmigrate"
         self._started.set()
-        if not self.options.start_paused:
+        if not self.options.start_paused and self.options.incoming is None:
             await self.cont()
 
     async def started(self) -> None:
@@ -142,7 +164,7 @@ class Vm:
         assert segment is not None
         common: dict[str, Any] = {"vm": machine.name, "runtime": folder, "parent": os.getpid()}
         exports = tuple(export_of(d) for d in machine.drives if d.file is not None)
-        self._island("blockd", "blockd.main", BlockdConfig, exports=exports, **common)
+        self._island("blockd", "blockd.main", BlockdConfig, exports=exports, uuid=machine.uuid, **common)
         self._island(
             "devhost0",
             "devhost.main",
@@ -254,7 +276,7 @@ class Vm:
                         future.set_exception(IslandError(error))
             case messages.Hello(protocol=protocol):
                 if protocol != messages.PROTOCOL:
-                    self._end(
+                    self.end(
                         Ending(
                             "internal-error", 1, f"{role} speaks protocol {protocol}, not {messages.PROTOCOL}"
                         )
@@ -271,13 +293,14 @@ class Vm:
             case messages.TrayMoved(drive=drive, open=is_open):
                 self.event("DEVICE_TRAY_MOVED", {"device": drive, "id": drive, "tray-open": is_open})
             case messages.GuestReset(reason=reason):
-                self._spawn(self._guest_reset(reason))
+                self.spawn(self._guest_reset(reason))
             case messages.GuestShutdown(reason=reason, status=status):
-                self._spawn(self._guest_shutdown(reason, status))
+                self.spawn(self._guest_shutdown(reason, status))
             case messages.Failed(error=error):
-                self._end(Ending("internal-error", 1, error))
+                self.end(Ending("internal-error", 1, error))
 
-    def _spawn(self, work: Awaitable[None]) -> None:
+    def spawn(self, work: Awaitable[None]) -> None:
+        """Do something beside everything else; its failure is the machine's end."""
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._finished)
@@ -285,7 +308,7 @@ class Vm:
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._end(Ending("internal-error", 1, str(error) or repr(error)))
+            self.end(Ending("internal-error", 1, str(error) or repr(error)))
 
     def event(self, name: str, data: dict[str, Any] | None = None) -> None:
         for listener in self.on_event:
@@ -295,16 +318,17 @@ class Vm:
     def _died(self, role: str) -> None:
         asyncio.get_running_loop().remove_reader(self.islands[role].pidfd)
         if not self._expected_exit:
-            self._spawn(self._mourn(role))
+            self.spawn(self._mourn(role))
 
     async def _mourn(self, role: str) -> None:
         """An island has died: end the run with its name, state and log, unless it said why itself."""
         await asyncio.wait({self.ending}, timeout=LAST_NOTICE_SECONDS)
         if not self.ending.done():
             self.state = "internal-error"
-            self._end(Ending("internal-error", 1, epitaph.describe(self, self.islands[role])))
+            self.end(Ending("internal-error", 1, epitaph.describe(self, self.islands[role])))
 
-    def _end(self, ending: Ending) -> None:
+    def end(self, ending: Ending) -> None:
+        """Let the run end for this reason; the first one counts."""
         for _, future in self._open.values():
             if not future.done():
                 future.set_exception(IslandError(ending.error or "the machine has ended"))
@@ -330,14 +354,17 @@ class Vm:
             if self.options.no_shutdown and reason != "debug-exit":
                 self.event("STOP")
             else:
-                self._end(Ending(reason, status))
+                self.end(Ending(reason, status))
 
-    async def _pause(self) -> None:
+    async def _pause(self, step: Step | None = None) -> None:
+        """``step`` is told of "quiesce" between vCPUs and devices."""
         assert self.segment is not None
         await self._all(self.vcpus, messages.Stop)
         try:
+            if step is not None:
+                await step("quiesce")
             await self._all(self.hosts, messages.Stop)
-        except IslandError:  # a block request that is not answered: the guest goes on, as if nobody had asked
+        except AtollError:  # a block request that is not answered: the guest goes on, as if nobody had asked
             if not self.ending.done():
                 await self._resume()
             raise
@@ -359,6 +386,8 @@ class Vm:
                 return
             if self.state == "shutdown":
                 raise IslandError("Resetting the Virtual Machine is required")
+            if self.state in AWAY:
+                raise IslandError(f"the machine {AWAY[self.state]}")
             await self._run()
             self.state = "running"
             self.event("RESUME")
@@ -376,10 +405,41 @@ class Vm:
                 if runs and not self.ending.done():
                     await self._run()
 
+    @contextlib.asynccontextmanager
+    async def frozen(self, step: Step | None = None) -> AsyncIterator[Frozen]:
+        """Hold the guest still to save it or move it away. It goes on afterwards as before, unless told
+        otherwise, and nothing else can make it run meanwhile. ``step`` is told of "quiesce" on the way, and
+        may fail."""
+        async with self._lock:
+            runstate = self.state
+            if runstate in AWAY:
+                raise IslandError(f"the machine {AWAY[runstate]}")
+            if runstate == "running":
+                await self._pause(step)
+            frozen = Frozen(runstate, time.time_ns())
+            self.state = "finish-migrate"
+            try:
+                yield frozen
+            finally:
+                self.state = frozen.after or runstate
+                if self.state == "running" and not self.ending.done():
+                    await self._run()
+
     async def paused_command(self, role: str, command: messages.Command) -> Any:
         """A command that the island takes only while the guest is still."""
         async with self.paused():
             return await self.command(role, command)
+
+    async def arrived(self, runstate: str, passed_ns: int = 0) -> None:
+        """The guest's state has come from elsewhere: let it go on as it was. ``passed_ns``: how far its clock
+        is put forward."""
+        async with self._lock:
+            assert self.segment is not None and self.state == "inmigrate"
+            time_ = self.segment.header.time
+            self.segment.set_time(int(time_.guest_ns) + passed_ns, int(time_.wall_ns), int(time_.tsc_khz))
+            self.state = "paused" if runstate in ("running", "prelaunch") else runstate
+        if runstate == "running" and not self.options.start_paused:
+            await self.cont()
 
     async def stop(self) -> None:
         """Pause the guest at an instruction boundary (QMP stop)."""
@@ -409,7 +469,7 @@ class Vm:
         """End the run from the host's side, at any time."""
         if not self.ending.done():
             self.event("SHUTDOWN", {"guest": False, "reason": reason})
-        self._end(Ending(reason))
+        self.end(Ending(reason))
 
     async def close(self) -> None:
         """End every island in order and remove what the machine left; safe at any stage of start."""

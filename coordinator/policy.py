@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Options:
-    """``start_paused`` is -S, the others are named as the options are."""
+    """``start_paused`` is -S, the others are named as the options are. ``incoming``: where the guest comes
+    from, None where it starts here."""
 
     start_paused: bool = False
     no_reboot: bool = False
     no_shutdown: bool = False
+    incoming: str | None = None

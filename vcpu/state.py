@@ -1,6 +1,8 @@
-"""A vCPU's whole state as a record: architectural registers, local APIC, interrupts that are posted and not taken.
+"""A vCPU's whole state as a record: architectural registers, local APIC, interrupts that are posted and not
+taken.
 
-The fields of ``struct cpu_arch`` (segment.h) are named there. Deadlines are guest time, so a stopped clock loses nothing.
+The fields of ``struct cpu_arch`` (segment.h) are named there. Deadlines are guest time, so a stopped clock
+loses nothing.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import re
 import uuid as uuid_module
@@ -14,6 +15,7 @@ from coordinator.cli.options import HelpWanted, KeyValues
 from coordinator.cli.settings import MonitorSpec, Settings
 from coordinator.contract.config import Boot, Machine, Media, Rtc
 from coordinator.contract.errors import UsageError
+from coordinator.migrate import uri
 from coordinator.policy import Options
 
 MIN_RAM, MAX_RAM = 1 << 20, 64 << 30
@@ -95,6 +97,12 @@ def _used_once(s: Settings) -> None:
                 f"{spec.where} is used twice; give each -serial, -monitor and -qmp a place of its own"
             )
         taken.add(spec.where)
+
+
+def _incoming(s: Settings, value: str) -> None:
+    if value != "defer":
+        uri.parse(value, "-incoming")
+    s.options = dataclasses.replace(s.options, incoming=value)
 
 
 def machine(s: Settings, vga_rom: str | None, rom_size: int) -> Machine:
@@ -344,6 +352,7 @@ _VALUES: dict[str, Callable[[Settings, str], None]] = {
     "nic": _no_network,
     "netdev": _no_network,
     "rtc": _rtc,
+    "incoming": _incoming,
     "pidfile": _set("pidfile"),
     "D": _set("log_file"),
     "trace": _trace,

@@ -18,6 +18,7 @@ from coordinator.console import Mux, SerialPort
 from coordinator.contract.config import Machine
 from coordinator.contract.errors import AtollError, ConfigError
 from coordinator.machine import Ending, Loader, Vm
+from coordinator.migrate.manager import Manager
 from coordinator.monitor import MonitorFrontend
 from coordinator.qmp.server import QmpFrontend
 
@@ -69,6 +70,7 @@ def _hint(s: Settings) -> None:
 async def _run(s: Settings, machine: Machine, loader: Loader, folder: Path) -> int:
     vm = Vm(machine, s.options, loader, folder, s.log_file)
     loop = asyncio.get_running_loop()
+    vm.migration = Manager(vm)
     devices = _attach(vm, s)
     killed: list[signal.Signals] = []
 
@@ -85,6 +87,7 @@ async def _run(s: Settings, machine: Machine, loader: Loader, folder: Path) -> i
         if s.stats and vm.segment is not None:
             stats_error = _write_stats(s.stats, stats.collect(vm, time.monotonic() - started))
     finally:
+        await vm.migration.close()
         await vm.close()
         for device in devices:
             await device.close()
@@ -101,6 +104,8 @@ async def _until_the_end(vm: Vm, devices: list[chardev.Chardev]) -> Ending:
         for device in devices:
             await device.wait()
         await vm.start()
+        if vm.options.incoming is not None:
+            vm.migration.incoming(vm.options.incoming)
 
     starting = asyncio.create_task(start())
     try:

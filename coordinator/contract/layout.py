@@ -1,7 +1,7 @@
 """C structs of the contract as named values, for records.
 
-A struct becomes a dict of its fields by name; an array of bytes, and a union, the bytes it holds; any other array a list.
-Fields that are only there for alignment ("pad...", and those named by the caller) are left out.
+A struct becomes a dict of its fields by name; an array of bytes, and a union, the bytes it holds; any other
+array a list. Fields that are only there for alignment ("pad...", and those named by the caller) are left out.
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ def _get(ffi: Any, value: Any, kind: Any) -> Any:
     return [_get(ffi, value[i], kind.item) for i in range(kind.length)]
 
 
-def struct_set(
-    ffi: Any, struct: Any, values: Any, what: str, omit: frozenset[str] = frozenset()
-) -> None:
+def struct_set(ffi: Any, struct: Any, values: Any, what: str, omit: frozenset[str] = frozenset()) -> None:
     """Fill a cffi struct; RecordError, and nothing useful in it, where the values do not fit it."""
     fields = _fields(ffi, struct, omit)
     names = {name for name, _ in fields}

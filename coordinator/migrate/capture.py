@@ -1,7 +1,8 @@
 """The state of a stopped machine, but for guest memory: taken, and put into another machine.
 
-Order of putting: guest time, then devices (their timers are deadlines in guest time; their pins rise while every IOAPIC entry is
-masked), then the interrupt fabric, then vCPUs, whose posted interrupts are those of the record and nobody else's.
+Order of putting: guest time, then devices (their timers are deadlines in guest time; their pins rise while
+every IOAPIC entry is masked), then the interrupt fabric, then vCPUs, whose posted interrupts are those of the
+record and nobody else's.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class FabricRecord(Record, frozen=True):
 
 
 class TimeRecord(Record, frozen=True):
-    """``guest_ns``: guest time; ``wall_ns``: UNIX time at guest time 0; ``stopped_at_ns``: UNIX time when it stopped."""
+    """``guest_ns``: guest time; ``wall_ns``: UNIX time at guest time 0; ``stopped_at_ns``: UNIX time when it
+    stopped."""
 
     kind = "time"
 
@@ -42,8 +44,8 @@ class TimeRecord(Record, frozen=True):
 
 
 class MachineState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Packed records; ``devices`` by host and device name, ``vcpus`` by index. ``runstate`` is that before the migration.
-    ``drives``: what the stream says of each drive, see messages.QueryDrives."""
+    """Packed records; ``devices`` by host and device name, ``vcpus`` by index. ``runstate`` is that before
+    the migration. ``drives``: what the stream says of each drive, see messages.QueryDrives."""
 
     runstate: str
     time: bytes
@@ -83,8 +85,8 @@ async def capture(vm: Vm, runstate: str, stopped_at_ns: int) -> MachineState:
 
 
 async def apply(vm: Vm, state: MachineState) -> TimeRecord:
-    """Put a state into a machine that has not run; RecordError or IslandError where it does not fit, and then the
-    machine is of no use. Returns its time."""
+    """Put a state into a machine that has not run; RecordError or IslandError where it does not fit, and then
+    the machine is of no use. Returns its time."""
     segment = vm.segment
     assert segment is not None
     if state.devices.keys() != set(vm.hosts):

@@ -6,6 +6,7 @@ Media are known by drive, size and content, never by path.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 
 import msgspec
 
@@ -15,8 +16,9 @@ from coordinator.machine import Vm
 
 
 class Medium(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is in a drive: ``size`` in bytes, ``content`` a digest of samples (blockd/identity.py); of a disk that the machine
-    writes, which changes, ``content`` is empty and the lease says whether both sides mean the same."""
+    """What is in a drive: ``size`` in bytes, ``content`` a digest of samples (blockd/identity.py); of a disk
+    that the machine writes, which changes, ``content`` is empty and the lease says whether both sides mean
+    the same."""
 
     size: int
     content: str
@@ -34,8 +36,9 @@ class DriveDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``machine``: what the command line made it, by QEMU's names; ``features``: CPUID words, see vcpu/state.py; ``rom``:
-    digest of firmware and option ROMs; ``devices``: the names of all devices, host by host."""
+    """``machine``: what the command line made it, by QEMU's names; ``features``: CPUID words, see
+    vcpu/state.py; ``rom``: digest of firmware and option ROMs; ``devices``: the names of all devices, host by
+    host."""
 
     name: str
     product: str
@@ -69,33 +72,34 @@ async def _drive(vm: Vm, drive: Drive) -> DriveDescription:
     return DriveDescription(drive.id, drive.index, drive.media.value, drive.serial, medium)
 
 
-async def describe(vm: Vm, product: str) -> Description:
-    """Of a machine whose islands are all there. ``product`` is this build's name and version, for messages."""
+async def describe(vm: Vm) -> Description:
+    """Of a machine whose islands are all there."""
     segment = vm.segment
     assert segment is not None
     features = await vm.command("vcpu0", messages.DescribeCpu(serial=vm.next_serial()))
     return Description(
         name=vm.machine.name,
-        product=product,
+        product=f"Atoll {importlib.metadata.version('atoll')}",
         machine=_machine(vm.machine),
         features=features,
         tsc_khz=int(segment.header.time.tsc_khz),
         ram=segment.ram_size,
         vram=int(segment.header.vram_size),
-        rom=hashlib.sha256(segment.rom).hexdigest(),
+        rom=hashlib.sha256(segment.rom.data).hexdigest(),
         drives=tuple([await _drive(vm, drive) for drive in vm.machine.drives]),
     )
 
 
 def differences(source: Description, target: Description) -> list[str]:
-    """Every way in which ``target`` is not what ``source`` was, one line each; empty where the stream fits."""
-    found = []
+    """Every way in which ``target`` is not what ``source`` was, one line each; empty where the stream fits.
+    """
+    found: list[str] = []
     for name in sorted(source.machine.keys() | target.machine.keys()):
         _compare(found, name, source.machine.get(name, "unknown"), target.machine.get(name, "unknown"))
     for name in sorted(source.features.keys() | target.features.keys()):
-        ours, theirs = target.features.get(name, 0), source.features.get(name, 0)
-        if ours != theirs:
-            found.append(f"CPU feature word {name}: source {theirs:#x}, target {ours:#x}")
+        here, there = target.features.get(name, 0), source.features.get(name, 0)
+        if here != there:
+            found.append(f"CPU feature word {name}: source {there:#x}, target {here:#x}")
     _compare(found, "TSC frequency (kHz)", source.tsc_khz, target.tsc_khz)
     _compare(found, "memory (bytes)", source.ram, target.ram)
     _compare(found, "video memory (bytes)", source.vram, target.vram)

@@ -1,7 +1,7 @@
 """Guest memory to and from descriptors: what there is to send, and the C that moves it (ram.h).
 
-Only RAM and video RAM travel. ROM is part of the machine's description. Holes of the segment's memfd are never touched:
-to read one would allocate it (memfd_create(2), lseek(2) SEEK_DATA).
+Only RAM and video RAM travel. ROM is part of the machine's description. Holes of the segment's memfd are
+never touched: to read one would allocate it (memfd_create(2), lseek(2) SEEK_DATA).
 """
 
 from __future__ import annotations
@@ -107,7 +107,9 @@ class Sender:
             _check(lib.ram_send(fd, guest, first, count, self._round, mine), peer)
             now = Counts(mine.normal, mine.zero, mine.bytes)
             with self._lock:
-                self.counts.add(Counts(now.normal - before.normal, now.zero - before.zero, now.bytes - before.bytes))
+                self.counts.add(
+                    Counts(now.normal - before.normal, now.zero - before.zero, now.bytes - before.bytes)
+                )
             before = now
         if self.cancelled:
             raise MigrationError("cancelled")
@@ -125,12 +127,11 @@ class Receiver:
         self._lock = threading.Lock()
 
     def run(self, fd: int, peer: str, round_: int = 0) -> None:
-        """Receive one connection's share; MigrationError where it is not as it should be. Memory is only of use when
-        all shares have come."""
+        """Receive one connection's share; MigrationError where it is not as it should be. Memory is only of
+        use when all shares have come."""
         mine = ffi.new("struct ram_counts *")
         seen = ffi.from_buffer("uint8_t[]", self._seen, require_writable=True)
         result = lib.ram_receive(fd, _guest(self._segment), self._pages, round_, seen, mine)
         with self._lock:
             self.counts.add(Counts(mine.normal, mine.zero, mine.bytes))
         _check(result, peer)
-

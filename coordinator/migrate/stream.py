@@ -1,8 +1,8 @@
 """Parts of a migration stream: what they are called, and how each is checked.
 
-A part is a header and a payload in msgpack: magic, stream version, kind, length, and the first 8 bytes of the payload's
-BLAKE2b. Over the network parts are frames of the control channel; in a file they follow one another, with guest memory
-(ram.h) behind ``RAM`` and nothing behind ``END``.
+A part is a header and a payload in msgpack: magic, stream version, kind, length, and the first 8 bytes of the
+payload's BLAKE2b. Over the network parts are frames of the control channel; in a file they follow one
+another, with guest memory (ram.h) behind ``RAM`` and nothing behind ``END``.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Part(enum.IntEnum):
     """Kinds, in the order in which they come."""
 
     DESCRIPTION = 1
-    RAM = 2
-    STATE = 3
+    STATE = 2
+    RAM = 3
     END = 4
 
 
@@ -53,7 +53,9 @@ def _length(header: bytes, kind: Part, where: str) -> tuple[int, bytes]:
         raise MigrationError(f"{where}: ends before its {kind.name.lower()}")
     magic, version, found, length, digest = _HEADER.unpack(header)
     if magic != MAGIC:
-        raise MigrationError(f"{where}: is no migration stream of Atoll (or is damaged) at its {kind.name.lower()}")
+        raise MigrationError(
+            f"{where}: is no migration stream of Atoll (or is damaged) at its {kind.name.lower()}"
+        )
     if not 1 <= version <= VERSION:
         raise MigrationError(f"{where}: is stream version {version}; this build knows 1 to {VERSION}")
     if found != kind:
@@ -75,7 +77,8 @@ def _parse(payload: bytes, length: int, digest: bytes, kind: Part, type_: type[T
 
 
 def decode(part: bytes, kind: Part, type_: type[T], where: str) -> T:
-    """What one part of this kind holds; MigrationError says what is wrong with it. ``where`` names its origin."""
+    """What one part of this kind holds; MigrationError says what is wrong with it. ``where`` names its
+    origin."""
     length, digest = _length(part[: _HEADER.size], kind, where)
     return _parse(part[_HEADER.size :], length, digest, kind, type_, where)
 

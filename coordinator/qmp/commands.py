@@ -13,6 +13,8 @@ from coordinator import media, screen
 from coordinator.contract import messages
 from coordinator.contract.errors import ConfigError, IslandError
 from coordinator.machine import Vm
+from coordinator.migrate.parameters import Parameters
+from coordinator.qmp import migration
 from coordinator.version import version
 
 After = Callable[[], None]
@@ -190,6 +192,21 @@ COMMANDS: dict[str, Command] = {
         _DRIVE | _FORCE
         | {"filename": Parameter(str), "format": _optional(str), "read-only-mode": _optional(str)},
     ),
+    "migrate": Command(
+        migration.migrate,
+        {"uri": Parameter(str)}
+        | {name: _optional(bool) for name in ("blk", "inc", "detach", "resume")},
+    ),
+    "migrate-incoming": Command(migration.migrate_incoming, {"uri": Parameter(str)}),
+    "migrate_cancel": Command(migration.migrate_cancel),
+    "migrate-recover": Command(migration.migrate_recover, {"uri": Parameter(str)}),
+    "migrate-set-parameters": Command(
+        migration.migrate_set_parameters,
+        {name: _optional(type(value)) for name, value in Parameters().as_dict().items()},
+        early=True,
+    ),
+    "query-migrate": Command(migration.query_migrate, early=True),
+    "query-migrate-parameters": Command(migration.query_migrate_parameters, early=True),
     "screendump": Command(
         screendump,
         {"filename": Parameter(str), "format": _optional(str)}

@@ -1,0 +1,87 @@
+"""What source and target of a migration say to each other over the control channel.
+
+One transfer has one ``transfer`` id and one ``epoch``; what comes with another is stale and dropped. Parts
+are those of stream.py.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from coordinator.contract.codec import Codec
+
+#: raised with every change here
+PROTOCOL = 1
+
+
+class Said(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base: ``transfer`` is drawn by the source for each attempt."""
+
+    transfer: str
+
+
+# ---- source -> target -----------------------------------------------------------------------------------
+class Offer(Said, frozen=True, tag="offer"):
+    """First of all. ``description`` is a part; ``channels`` connections will bring guest memory, packed by
+    ``compression`` ("none" or "zstd"), in TLS if ``tls``."""
+
+    protocol: int
+    description: bytes
+    channels: int
+    compression: str
+    tls: bool
+
+
+class State(Said, frozen=True, tag="state"):
+    """``state`` is a part; ``normal`` and ``zero`` count the pages that all connections have brought."""
+
+    state: bytes
+    normal: int
+    zero: int
+
+
+class Released(Said, frozen=True, tag="released"):
+    """The commit point has passed: the source will not run again. Repeated until Running answers it."""
+
+    epoch: int
+
+
+class Abort(Said, frozen=True, tag="abort"):
+    """The source goes on; the target is to end. ``reason`` is one line."""
+
+    reason: str
+
+
+# ---- target -> source -----------------------------------------------------------------------------------
+class Accepted(Said, frozen=True, tag="accepted"):
+    """Connect to ``port`` (TCP) or ``path`` (UNIX) and begin with ``token``."""
+
+    token: bytes
+    port: int
+    path: str
+
+
+class Refused(Said, frozen=True, tag="refused"):
+    """The target cannot take this machine. ``reason`` is one line."""
+
+    reason: str
+
+
+class Verified(Said, frozen=True, tag="verified"):
+    """All is there and fits; counts as in State. The target does nothing more before Released or Abort."""
+
+    normal: int
+    zero: int
+
+
+class Running(Said, frozen=True, tag="running"):
+    """The answer to Released: the guest goes on here (or stands, if it stood)."""
+
+    epoch: int
+
+
+AnyOfSource = Offer | State | Released | Abort
+AnyOfTarget = Accepted | Refused | Verified | Running
+
+of_source: Codec[AnyOfSource] = Codec(AnyOfSource)
+of_target: Codec[AnyOfTarget] = Codec(AnyOfTarget)

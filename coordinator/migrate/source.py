@@ -1,0 +1,268 @@
+"""The machine's old side: a flat list of phases, each with its undo.
+
+Until ``release`` has made its record, whatever fails, or a cancel, undoes what was done in reverse order and
+the guest goes on here. After it the guest never runs here again, a cancel is refused, and the target is told
+until it answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import socket
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+from coordinator.contract.errors import AtollError, MigrationError
+from coordinator.machine import Frozen, Vm
+from coordinator.migrate import channel, decision, describe, messages, ram, stream
+from coordinator.migrate.capture import MachineState, capture
+from coordinator.migrate.faults import Fault
+from coordinator.migrate.link import Dialer
+from coordinator.migrate.parameters import Parameters
+from coordinator.migrate.status import Status
+from coordinator.migrate.stream import Part
+from coordinator.migrate.uri import Uri
+
+#: how long the target may take to answer an offer, seconds: it compares, and reads samples of its media
+ANSWER_SECONDS = 30.0
+#: how often a target that has not answered is told again that it may run, and for how long one that was given up is
+#: told to end, seconds
+REMIND_SECONDS, FAREWELL_SECONDS = 0.5, 10.0
+
+
+T = TypeVar("T")
+S = TypeVar("S", bound=messages.Said)
+
+
+class Source:
+    """One attempt to move a machine away."""
+
+    def __init__(self, vm: Vm, uri: Uri, parameters: Parameters, status: Status) -> None:
+        self.vm, self.uri, self.parameters, self.status = vm, uri, parameters, status
+        self.transfer = secrets.token_hex(8)
+        self.epoch = vm.epoch
+        #: the record is made, or being made: there is no way back
+        self.committed = False
+        self._fault = Fault.parse(parameters.x_fault)
+        self._undo = contextlib.AsyncExitStack()
+        self._hold = contextlib.AsyncExitStack()
+        self._link: Dialer | None = None
+        self._socks: list[socket.socket] = []
+        self._lost: asyncio.Task[None] | None = None
+        self._frozen: Frozen | None = None
+        self._sender: ram.Sender | None = None
+        self._state: MachineState | None = None
+
+    async def run(self) -> None:
+        """To the end; MigrationError (the guest goes on here) unless ``committed``."""
+        try:
+            for phase in PHASES:
+                await self._begin(phase.name)
+                await phase.work(self)
+                await self._fault.at(f"{phase.name}.done", self._cut)
+        except BaseException:
+            if not self.committed:
+                await self._undo.aclose()
+            raise
+        await self._undo.aclose()
+
+    async def _begin(self, name: str) -> None:
+        self.status.phase = name
+        await self._fault.at(name, self._cut)
+
+    def _cut(self) -> None:
+        channel.cut(self._socks)
+
+    # ---- phases ----------------------------------------------------------------------------------
+    async def negotiate(self) -> None:
+        """Machine, CPU features, media: every difference is named before a byte of memory moves."""
+        self._link = Dialer(self.uri)
+        self._undo.push_async_callback(self._farewell)
+        description = await describe.describe(self.vm)
+        offer = messages.Offer(
+            transfer=self.transfer,
+            protocol=messages.PROTOCOL,
+            description=stream.encode(Part.DESCRIPTION, description),
+            channels=self.parameters.multifd_channels,
+            compression=self.parameters.multifd_compression,
+            tls=bool(self.parameters.tls_creds),
+        )
+        await self._say("negotiate", offer)
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                answer = await self._hear(messages.Accepted)
+        except TimeoutError:
+            raise MigrationError(f"{self.uri}: nobody answers") from None
+        self._socks = await channel.connect(
+            self.uri, answer.port, answer.path, answer.token, self.parameters.multifd_channels
+        )
+        self._undo.callback(channel.close, self._socks)
+        self._lost = asyncio.ensure_future(channel.gone(self._socks[0]))
+        self._undo.callback(self._lost.cancel)
+        self.status.set_up()
+        self.status.move("active")
+
+    async def stop(self) -> None:
+        """vCPUs at an instruction boundary, posted writes applied, devices paused: see Vm.frozen."""
+        self._undo.push_async_callback(self._hold.aclose)
+        self._frozen = await self._hold.enter_async_context(self.vm.frozen(self._begin))
+        self._hold.push(lambda *error: self.status.resumed())
+        self.status.stopped()
+
+    async def settle(self) -> None:
+        """The state of all but memory. Interrupts that are posted and not taken travel as they are, so
+        nothing moves here."""
+        assert self._frozen is not None
+        self._state = await capture(self.vm, self._frozen.runstate, self._frozen.stopped_at_ns)
+        self.status.drives = list(self._state.drives)
+
+    async def send(self) -> None:
+        """Guest memory, by all connections side by side, then the state."""
+        assert self.vm.segment is not None
+        self.status.move("device")
+        sender = self._sender = ram.Sender(self.vm.segment)
+        self.status.pages, self.status.counts = sender.total, lambda: sender.counts
+        self.status.passed()
+
+        def abandon() -> None:
+            sender.cancelled = True
+            self._cut()
+
+        jobs = [partial(sender.run, sock.fileno(), str(self.uri)) for sock in self._socks]
+        await self._unless_lost(channel.side_by_side(jobs, abandon))
+        state = stream.encode(Part.STATE, self._state)
+        counts = sender.counts
+        await self._say(
+            "send",
+            messages.State(transfer=self.transfer, state=state, normal=counts.normal, zero=counts.zero),
+        )
+
+    async def verify(self) -> None:
+        """The target has everything, and can use it."""
+        assert self._sender is not None
+        answer = await self._unless_lost(self._hear(messages.Verified))
+        sent = self._sender.counts
+        if (answer.normal, answer.zero) != (sent.normal, sent.zero):
+            raise MigrationError(
+                f"{self.uri}: says that {answer.normal + answer.zero} pages have come, {sent.normal + sent.zero} were sent"
+            )
+
+    async def release(self) -> None:
+        """The commit point."""
+        assert self._frozen is not None
+        self.committed = True
+        machine = self.vm.machine
+        try:
+            await asyncio.shield(
+                asyncio.to_thread(
+                    decision.record, decision.Decision(self.transfer, machine.name, machine.uuid, self.epoch)
+                )
+            )
+        except MigrationError:
+            self.committed = False
+            raise
+        self._frozen.after = "postmigrate"
+        await self._hold.aclose()
+
+    async def resume(self) -> None:
+        """The target may run: said until it answers. It may be long in coming, or at another address
+        (``redirect``)."""
+        answer = asyncio.ensure_future(self._hear(messages.Running))
+        message = messages.Released(transfer=self.transfer, epoch=self.epoch)
+        copies = self._fault.copies("resume")
+        while not answer.done():
+            for _ in range(copies):
+                await self._tell(message)
+            copies = 1
+            await asyncio.wait({answer}, timeout=REMIND_SECONDS)
+            if not answer.done():
+                self.status.move("postcopy-paused")
+        answer.result()
+        decision.forget(self.transfer)
+
+    # ---- talking ---------------------------------------------------------------------------------
+    async def _tell(self, message: messages.AnyOfSource) -> None:
+        assert self._link is not None
+        await self._link.send(message)
+
+    async def _say(self, phase: str, message: messages.AnyOfSource) -> None:
+        for _ in range(self._fault.copies(phase)):
+            await self._tell(message)
+
+    async def _hear(self, kind: type[S]) -> S:
+        """The next answer of this kind; MigrationError when the target refuses."""
+        assert self._link is not None
+        while True:
+            answer = await self._link.receive(self.transfer)
+            if isinstance(answer, messages.Refused):
+                raise MigrationError(f"{self.uri}: {answer.reason}")
+            if isinstance(answer, kind):
+                return answer
+
+    async def _unless_lost(self, work: Awaitable[T]) -> T:
+        """What the work gives; MigrationError when the target closes its connections first."""
+        assert self._lost is not None
+        task = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait({task, self._lost}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        raise MigrationError(f"{self.uri}: the target is gone")
+
+    def redirect(self, uri: Uri) -> None:
+        """The target listens somewhere else now (migrate with resume)."""
+        assert self._link is not None
+        self.uri = uri
+        self._link.redirect(uri)
+
+    async def _farewell(self) -> None:
+        """Done with the target; one that is not to have the guest is told so in the background, as it may be
+        out of reach."""
+        assert self._link is not None
+        link, reason = self._link, self.status.error or "the source goes on"
+        if self.committed:
+            link.close()
+            return
+
+        async def repeat() -> None:
+            try:
+                for _ in range(round(FAREWELL_SECONDS / REMIND_SECONDS)):
+                    await link.send(messages.Abort(transfer=self.transfer, reason=reason))
+                    await asyncio.sleep(REMIND_SECONDS)
+            finally:
+                link.close()
+
+        self.vm.spawn(repeat())
+
+
+@dataclass(frozen=True)
+class Phase:
+    """``work`` leaves what undoes it on the stack of the Source."""
+
+    name: str
+    work: Callable[[Source], Awaitable[None]]
+
+
+PHASES = (
+    Phase("negotiate", Source.negotiate),
+    Phase("stop", Source.stop),
+    Phase("settle", Source.settle),
+    Phase("send", Source.send),
+    Phase("verify", Source.verify),
+    Phase("release", Source.release),
+    Phase("resume", Source.resume),
+)
+
+
+def reason(error: BaseException) -> str:
+    """One line for status and events."""
+    if isinstance(error, asyncio.CancelledError):
+        return "cancelled"
+    return str(error) if isinstance(error, AtollError) else repr(error)

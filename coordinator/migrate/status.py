@@ -1,0 +1,102 @@
+"""How far a migration is, by the names of QEMU's query-migrate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from coordinator.contract.segment import PAGE
+from coordinator.migrate.ram import Counts
+
+MS = 1000.0
+#: states from which nothing follows
+FINAL = ("none", "completed", "failed", "cancelled")
+
+
+class Status:
+    """Of one migration, from its beginning. ``state`` is QEMU's MigrationStatus; ``phase`` the phase of ours
+    that is under way. Times are seconds of the host."""
+
+    def __init__(self, event: Callable[[str, dict[str, Any]], None]) -> None:
+        self._event = event
+        self.state = "none"
+        self.phase = ""
+        self.error: str | None = None
+        self.counts: Callable[[], Counts] = Counts
+        #: pages to send in all
+        self.pages = 0
+        self._started = time.monotonic()
+        self._stopped = self._set_up = self._resumed = self._ended = 0.0
+        #: more about the last migration, for query-migrate: what the stream says of each drive
+        self.drives: list[dict[str, Any]] = []
+
+    # ---- what happens ----------------------------------------------------------------------------
+    def move(self, state: str) -> None:
+        """Another state, which listeners are told of."""
+        if state != self.state:
+            self.state = state
+            if state in FINAL:
+                self._ended = time.monotonic()
+            self._event("MIGRATION", {"status": state})
+
+    def fail(self, reason: str) -> None:
+        self.error = reason
+        self.move("failed")
+
+    def set_up(self) -> None:
+        self._set_up = time.monotonic()
+
+    def stopped(self) -> None:
+        """The guest stands still."""
+        self._stopped = time.monotonic()
+
+    def resumed(self) -> None:
+        """It runs again, here or there."""
+        self._resumed = time.monotonic()
+
+    def passed(self) -> None:
+        """A round of guest memory begins; stop-copy has one."""
+        self._event("MIGRATION_PASS", {"pass": 1})
+
+    # ---- what is told ----------------------------------------------------------------------------
+    def describe(self) -> dict[str, Any]:
+        """The value of query-migrate."""
+        if self.state == "none":
+            return {}
+        result: dict[str, Any] = {"status": self.state}
+        if self.error is not None:
+            result["error-desc"] = self.error
+        now = self._ended or time.monotonic()
+        result["total-time"] = round((now - self._started) * MS)
+        if self._set_up:
+            result["setup-time"] = round((self._set_up - self._started) * MS)
+        if self._stopped:
+            downtime = ((self._resumed or now) - self._stopped) * MS
+            result["downtime" if self._resumed else "expected-downtime"] = round(downtime)
+        result["x-phase"] = self.phase
+        result["x-drives"] = self.drives
+        if self.pages or self.counts().bytes:
+            result["ram"] = self._ram(now)
+        return result
+
+    def _ram(self, now: float) -> dict[str, Any]:
+        counts = self.counts()
+        seconds = max(now - (self._stopped or self._started), 1e-6)
+        done = counts.normal + counts.zero
+        return {
+            "transferred": counts.bytes,
+            "remaining": max(0, self.pages - done) * PAGE,
+            "total": self.pages * PAGE,
+            "duplicate": counts.zero,
+            "skipped": 0,
+            "normal": counts.normal,
+            "normal-bytes": counts.normal * PAGE,
+            "dirty-pages-rate": 0,
+            "mbps": counts.bytes * 8 / 1e6 / seconds,
+            "dirty-sync-count": 1,
+            "postcopy-requests": 0,
+            "page-size": PAGE,
+            "multifd-bytes": counts.bytes,
+            "pages-per-second": round(done / seconds),
+        }

@@ -1,0 +1,258 @@
+"""The machine's new side. It ends when the source goes on, and runs only when the source has said that it
+never will again.
+
+Between ``verified`` and that word it cannot know, so it waits, whatever happens to the connections.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Awaitable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from coordinator.contract.errors import AtollError, MigrationError
+from coordinator.machine import Vm
+from coordinator.migrate import channel, decision, describe, messages, ram, stream
+from coordinator.migrate.capture import MachineState, TimeRecord, apply
+from coordinator.migrate.faults import Fault
+from coordinator.migrate.link import Listener
+from coordinator.migrate.parameters import Parameters
+from coordinator.migrate.status import Status
+from coordinator.migrate.stream import Part
+from coordinator.migrate.uri import Uri
+
+log = logging.getLogger(__name__)
+
+#: for how long a source that has not heard Running can ask again, seconds
+LINGER_SECONDS = 120.0
+
+T = TypeVar("T")
+
+
+class Target:
+    """One machine to come. ``uri`` is where the source finds us."""
+
+    def __init__(self, vm: Vm, uri: Uri, parameters: Parameters, status: Status) -> None:
+        """MigrationError when nobody can listen there."""
+        self.vm, self.parameters, self.status = vm, parameters, status
+        self._fault = Fault.parse(parameters.x_fault)
+        self._link = Listener(uri)
+        self._transfer = ""
+        self._inbox: asyncio.Queue[messages.AnyOfSource] = asyncio.Queue()
+        self._socks: list[socket.socket] = []
+        self._receiver: ram.Receiver | None = None
+        self._state: MachineState | None = None
+        self._time: TimeRecord | None = None
+        #: everything is here; only the source's word is missing
+        self.in_doubt = False
+        #: set to go on without it: the user has shown the source's record
+        self._shown: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._accepted: messages.Accepted | None = None
+        self._running: messages.Running | None = None
+
+    async def run(self) -> None:
+        """Until the guest goes on here; MigrationError when it does not come."""
+        listening = asyncio.ensure_future(self._listen())
+        self.vm.spawn(self._linger(listening))
+        try:
+            offer = await self._negotiate()
+            await self._receive(offer)
+            await self._resume(await self._released())
+        except AtollError as error:
+            if self._transfer:
+                await self._link.send(messages.Refused(transfer=self._transfer, reason=_reason(error)))
+                await asyncio.sleep(0.05)  # to leave before we do
+            listening.cancel()
+            raise
+        except BaseException:
+            listening.cancel()
+            raise
+        finally:
+            channel.close(self._socks)
+
+    # ---- steps -----------------------------------------------------------------------------------
+    async def _at(self, point: str) -> None:
+        self.status.phase = point
+        await self._fault.at(f"target.{point}", lambda: channel.cut(self._socks))
+
+    async def _negotiate(self) -> messages.Offer:
+        """Wait for a source, and see whether its machine fits this one."""
+        offer = await self._next(messages.Offer)
+        await self._at("negotiate")
+        if offer.protocol != messages.PROTOCOL:
+            raise MigrationError(
+                f"the source speaks protocol {offer.protocol}, this build {messages.PROTOCOL}"
+            )
+        where = "the source"
+        theirs = stream.decode(offer.description, Part.DESCRIPTION, describe.Description, where)
+        if differences := describe.differences(theirs, await describe.describe(self.vm)):
+            raise MigrationError(f"{theirs.name}: does not fit the machine here: {'; '.join(differences)}")
+        self._wire_fits(offer)
+        return offer
+
+    def _wire_fits(self, offer: messages.Offer) -> None:
+        if not 1 <= offer.channels <= 16:
+            raise MigrationError(f"{offer.channels} connections were offered; 1 to 16 are possible")
+
+    async def _receive(self, offer: messages.Offer) -> None:
+        """Memory straight into the segment, then the state into the islands."""
+        segment = self.vm.segment
+        assert segment is not None
+        segment.empty_memory()
+        door = channel.Door(self._link.uri)
+        try:
+            self._accepted = messages.Accepted(
+                transfer=self._transfer, token=door.token, port=door.port, path=door.path
+            )
+            for _ in range(self._fault.copies("target.accept")):
+                await self._link.send(self._accepted)
+            self._socks = await self._unless_aborted(door.admit(offer.channels))
+        finally:
+            door.close()
+        self.status.set_up()
+        self.status.move("active")
+        await self._at("receive")
+        receiver = self._receiver = ram.Receiver(segment)
+        self.status.counts = lambda: receiver.counts
+        jobs = [partial(receiver.run, sock.fileno(), "the source") for sock in self._socks]
+        await self._unless_aborted(channel.side_by_side(jobs, lambda: channel.cut(self._socks)))
+        message = await self._unless_gone(self._next(messages.State))
+        await self._at("load")
+        counts = receiver.counts
+        if (message.normal, message.zero) != (counts.normal, counts.zero):
+            raise MigrationError(
+                f"{counts.normal + counts.zero} pages have come, the source says {message.normal + message.zero}"
+            )
+        self._state = stream.decode(message.state, Part.STATE, MachineState, "the source")
+        self._time = await apply(self.vm, self._state)
+        self.status.drives = list(self._state.drives)
+
+    async def _released(self) -> int:
+        """Tell the source that all is here, and wait for its word. Returns its epoch."""
+        assert self._receiver is not None
+        counts = self._receiver.counts
+        await self._at("verify")
+        self.in_doubt = True
+        verified = messages.Verified(transfer=self._transfer, normal=counts.normal, zero=counts.zero)
+        for _ in range(self._fault.copies("target.verify")):
+            await self._link.send(verified)
+        lost = asyncio.ensure_future(channel.gone(self._socks[0]))
+        word = asyncio.ensure_future(self._next(messages.Released))
+        try:
+            await first(word, self._shown, lost)
+            if not word.done() and not self._shown.done():
+                self.status.move("postcopy-paused")
+                await first(word, self._shown)
+            return word.result().epoch if word.done() else self._shown.result()
+        finally:
+            word.cancel()
+            lost.cancel()
+
+    async def _resume(self, epoch: int) -> None:
+        assert self._state is not None and self._time is not None
+        await self._at("resume")
+        self.vm.epoch = epoch + 1
+        passed = time.time_ns() - self._time.stopped_at_ns if self.parameters.stopped_time == "passes" else 0
+        await self.vm.arrived(self._state.runstate, max(0, passed))
+        self.status.resumed()
+        self._running = messages.Running(transfer=self._transfer, epoch=self.vm.epoch)
+        for _ in range(self._fault.copies("target.resume")):
+            await self._link.send(self._running)
+
+    # ---- talking ---------------------------------------------------------------------------------
+    async def _listen(self) -> None:
+        """Sort what comes: a question that was answered before is answered again, what is of another transfer
+        dropped."""
+        while True:
+            message = await self._link.receive()
+            if isinstance(message, messages.Offer) and not self._transfer:
+                self._transfer = message.transfer
+                self._inbox.put_nowait(message)
+            elif message.transfer != self._transfer:
+                busy = messages.Refused(transfer=message.transfer, reason="another machine is coming here")
+                await self._link.send(busy)
+            elif isinstance(message, messages.Offer):
+                if self._accepted is not None:
+                    await self._link.send(self._accepted)
+            elif isinstance(message, messages.Released) and self._running is not None:
+                await self._link.send(self._running)
+            else:
+                self._inbox.put_nowait(message)
+
+    async def _linger(self, listening: asyncio.Task[None]) -> None:
+        """Answer for some time after the end, in case the last word was lost."""
+        try:
+            while self._running is None and not listening.done():
+                await asyncio.wait({listening}, timeout=LINGER_SECONDS)
+            if not listening.done():
+                await asyncio.wait({listening}, timeout=LINGER_SECONDS)
+        finally:
+            listening.cancel()
+            await asyncio.gather(listening, return_exceptions=True)
+            self._link.close()
+
+    async def _next(self, kind: type[T]) -> T:
+        """The next message, if it is of this kind; MigrationError when the source gives up."""
+        while True:
+            message = await self._inbox.get()
+            if isinstance(message, messages.Abort):
+                raise MigrationError(f"the source goes on: {message.reason}")
+            if isinstance(message, kind):
+                return message
+
+    async def _unless_aborted(self, work: Awaitable[T]) -> T:
+        """What the work gives; MigrationError when the source gives up first. A State may come early."""
+        task = asyncio.ensure_future(work)
+        word: asyncio.Task[messages.AnyOfSource] = asyncio.ensure_future(self._inbox.get())
+        try:
+            await first(task, word)
+            if word.done() and isinstance(message := word.result(), messages.Abort):
+                raise MigrationError(f"the source goes on: {message.reason}")
+            if word.done():
+                self._inbox.put_nowait(word.result())
+            return await task
+        finally:
+            word.cancel()
+            task.cancel()
+            await asyncio.gather(word, task, return_exceptions=True)
+
+    async def _unless_gone(self, work: Awaitable[T]) -> T:
+        """What the work gives; MigrationError when the source closes its connections first."""
+        lost = asyncio.ensure_future(channel.gone(self._socks[0]))
+        task = asyncio.ensure_future(work)
+        try:
+            await first(task, lost)
+            if not task.done():
+                raise MigrationError("the source is gone")
+            return task.result()
+        finally:
+            lost.cancel()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    # ---- recovery --------------------------------------------------------------------------------
+    def recover(self, place: Path) -> None:
+        """Go on by the source's own record, where the source is no more (migrate-recover)."""
+        record = decision.read(place)
+        if record.transfer != self._transfer:
+            raise MigrationError(f"{place}: is the record of another migration")
+        if not self._shown.done():
+            self._shown.set_result(record.epoch)
+
+    def listen_at(self, uri: Uri) -> None:
+        """Be found at another address, too (migrate-recover); MigrationError when nobody can listen there."""
+        self._link.also(uri)
+
+
+async def first(*waiting: asyncio.Future[Any]) -> None:
+    """Returns when one of them is done."""
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+
+
+def _reason(error: AtollError) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

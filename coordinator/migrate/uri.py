@@ -1,0 +1,63 @@
+"""Where a machine goes to or comes from: migration URIs in QEMU's spelling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+
+from coordinator.contract.errors import UsageError
+
+FORMS = "tcp:HOST:PORT, unix:PATH, file:PATH"
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Uri:
+    """``kind`` is "tcp", "unix" or "file"; ``insecure`` lets a listener off the host take peers without keys.
+    """
+
+    kind: str
+    host: str = ""
+    port: int = 0
+    path: str = ""
+    insecure: bool = False
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"tcp:{host}:{self.port}" if self.kind == "tcp" else f"{self.kind}:{self.path}"
+
+    @property
+    def endpoint(self) -> str:
+        """Of the control channel, as ZeroMQ names it."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"tcp://{host}:{self.port}" if self.kind == "tcp" else f"ipc://{self.path}"
+
+    @property
+    def local(self) -> bool:
+        """Cannot be reached from another host."""
+        if self.kind != "tcp" or self.host == "localhost":
+            return True
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+def parse(text: str, option: str = "migrate") -> Uri:
+    """UsageError names the forms there are. A path is made absolute; a missing host is loopback."""
+    kind, _, rest = text.partition(":")
+    if kind in ("unix", "file") and rest:
+        return Uri(kind, path=str(Path(rest).absolute()))
+    if kind == "tcp":
+        where, *words = rest.split(",")
+        host, _, port = where.rpartition(":")
+        host = host.removeprefix("[").removesuffix("]")
+        if (
+            port.isascii()
+            and port.isdigit()
+            and 0 <= int(port) < 65536
+            and set(words) <= {"insecure=on", "insecure=off"}
+        ):
+            return Uri("tcp", host=host or LOOPBACK, port=int(port), insecure="insecure=on" in words)
+    raise UsageError(f"{option} {text}: is not one of {FORMS}")

@@ -1,0 +1,43 @@
+"""QMP commands about migration.
+
+Source: QEMU's QAPI schema, migration.json (names, fields and error texts that clients look at).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from coordinator.contract.errors import ConfigError
+from coordinator.machine import Vm
+
+
+async def migrate(
+    vm: Vm, uri: str, blk: bool = False, inc: bool = False, detach: bool = True, resume: bool = False
+) -> None:
+    if blk or inc:
+        raise ConfigError("disks do not travel: they must be on storage that both sides reach")
+    vm.migration.migrate(uri, resume)
+
+
+async def migrate_incoming(vm: Vm, uri: str) -> None:
+    vm.migration.incoming(uri)
+
+
+async def migrate_cancel(vm: Vm) -> None:
+    vm.migration.cancel()
+
+
+async def migrate_recover(vm: Vm, uri: str) -> None:
+    vm.migration.recover(uri)
+
+
+async def query_migrate(vm: Vm) -> dict[str, Any]:
+    return vm.migration.query()
+
+
+async def query_migrate_parameters(vm: Vm) -> dict[str, Any]:
+    return vm.migration.parameters.as_dict()
+
+
+async def migrate_set_parameters(vm: Vm, **values: Any) -> None:
+    vm.migration.set({name.replace("_", "-"): value for name, value in values.items()})
