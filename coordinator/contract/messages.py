@@ -92,7 +92,8 @@ class LoadState(Command, frozen=True, tag="loadstate"):
 
 
 class DescribeCpu(Command, frozen=True, tag="describecpu"):
-    """vCPU: what a guest can rely on, as words of CPUID by name ("1.ecx"), XSAVE size ("d.0.ecx") among them."""
+    """vCPU: what a guest can rely on, as words of CPUID by name ("1.ecx"), XSAVE size ("d.0.ecx") among
+    them."""
 
 
 class SetDriveProperty(Command, frozen=True, tag="setdrive"):
