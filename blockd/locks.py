@@ -15,7 +15,6 @@ import fcntl
 import os
 import struct
 
-from blockd.lease.judge import respect
 from coordinator.contract.errors import BlockError
 
 HELD_BASE = 100
@@ -60,6 +59,8 @@ def lock_image(fd: int, file: str, writable: bool, leased: bool = True) -> bool:
     """
     locked = _lock(fd, file, writable)
     if writable and leased:
+        from blockd.lease.judge import respect  # slow to import, and readers need none of it
+
         respect(file, locked)
     return locked
 

@@ -7,8 +7,6 @@ from typing import Any
 
 from blockd.hostfile import HostFile
 from blockd.image import Image
-from blockd.nbd.file import NbdFile
-from blockd.nbd.remote import NbdImage
 from blockd.qcow2 import header
 from blockd.raw import RawImage
 from coordinator.contract.errors import BlockError
@@ -19,8 +17,11 @@ FORMATS = ("raw", "qcow2")
 
 def open_file(file: str, read_only: bool = False, unsafe: bool = False) -> HostFile:
     """The file that an image lies in. With ``unsafe`` it is never made durable."""
-    kind = NbdFile if is_network_name(file) else HostFile
-    return kind(file, read_only, unsafe)
+    if is_network_name(file):
+        from blockd.nbd.file import NbdFile  # the client, sockets and TLS are slow to import
+
+        return NbdFile(file, read_only, unsafe)
+    return HostFile(file, read_only, unsafe)
 
 
 def unsafe_file(file: str, read_only: bool) -> HostFile:
@@ -41,8 +42,11 @@ def probe(file: str) -> str:
 
 def open_raw_image(file: str, read_only: bool = False, granularity: int = 512, pad: bool = False) -> Image:
     """A raw image: see RawImage, and NbdImage."""
-    kind = NbdImage if is_network_name(file) else RawImage
-    return kind(file, read_only, granularity, pad)
+    if is_network_name(file):
+        from blockd.nbd.remote import NbdImage
+
+        return NbdImage(file, read_only, granularity, pad)
+    return RawImage(file, read_only, granularity, pad)
 
 
 def open_image(

@@ -1,49 +1,85 @@
-"""``atoll img convert``: copy an image into another format, without its holes."""
+"""``atoll img convert``: copy an image into another format, without its zeroes.
+
+What is written is durable at the end only where ``-t`` asks for that: the default is ``unsafe``, as in
+qemu-img. A target that was not finished, for whatever reason but SIGKILL, does not stay: it is removed when
+it was made, and emptied when it was overwritten.
+"""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import errno
 import os
+import signal
+import stat
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import NamedTuple
-
-import numpy as np
 
 from blockd import opening
 from blockd.image import Image
-from blockd.img import common
+from blockd.img import common, copying
+from blockd.img.copying import Piece
 from blockd.img.create import parse_options, preallocate, qcow2_options
-from blockd.qcow2.bitmap_edit import BitmapSet
-from blockd.qcow2.bitmaps import AUTO
+from blockd.qcow2.backing import resolve
 from blockd.qcow2.compression import compress
 from blockd.qcow2.create import create
 from blockd.qcow2.image import Qcow2Image
-from blockd.qcow2.operations import at_rest
+from blockd.raw import RawImage
 from coordinator.contract.errors import BlockError, UsageError
 from coordinator.contract.nbd import is_network_name
 
-#: read at once
-CHUNK = 2 << 20
 #: zeroes of a raw image are left out in pieces of so many bytes, as qemu-img does
 SPARSE = 4096
-#: compressed clusters in flight
-MOST_PENDING = 64
+#: qemu-img's names of cache modes -> whether what is written with them is durable at the end
+CACHE_MODES = {"unsafe": False, "none": True, "writeback": True, "writethrough": True, "directsync": True}
 
 
-class Piece(NamedTuple):
-    """Bytes to be written."""
+class Packed(NamedTuple):
+    """Whole neighbouring clusters, compressed."""
 
     offset: int
-    data: memoryview
+    clusters: list[bytes]
+
+
+class Interrupted(Exception):
+    """A signal asks for an end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
 
 
 def run(arguments: list[str]) -> int:
+    given = _parser().parse_intermixed_args(arguments)
+    target_format = given.target_format or "raw"
+    _check(given, target_format)
+    snapshot = given.snapshot
+    if snapshot is not None:
+        snapshot = snapshot.removeprefix("snapshot.id=").removeprefix("snapshot.name=")
+    how = {"snapshot": snapshot} if snapshot is not None else {}
+    source = common.open_image(given.source, given.format, allowed=given.allow_backing, **how)
+    try:
+        if os.path.exists(given.target) and os.path.samefile(given.source, given.target):
+            raise BlockError(f"{given.target}: is the source", errno.EINVAL)
+        _convert(source, given, target_format)
+    except Interrupted as interrupt:
+        print(f"atoll img: convert: ended by {interrupt}, {given.target} is not complete", file=sys.stderr)
+        return 128 + interrupt.number
+    finally:
+        source.close()
+    return 0
+
+
+def _parser() -> common.Parser:
     parser = common.Parser("convert", "Copy an image into another format.")
     parser.format_option(about="format of the source")
     parser.format_option("-O", "target_format", "format of the target (raw)")
     parser.add_argument("-c", dest="compress", action="store_true", help="compress the target")
+    parser.add_argument("-C", dest="offload", action="store_true", help="let the kernel copy (raw to raw)")
     parser.add_argument("-p", dest="progress", action="store_true")
     parser.add_argument("-q", dest="quiet", action="store_true")
     parser.add_argument("-n", dest="existing", action="store_true", help="the target exists already")
@@ -53,14 +89,24 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("-F", dest="backing_format", choices=common.FORMATS)
     parser.add_argument("--bitmaps", action="store_true", help="copy dirty bitmaps, too")
     parser.add_argument("--skip-broken-bitmaps", action="store_true", help="but no unusable ones")
+    parser.add_argument("-m", dest="threads", type=int, default=8, help="threads at most, of 1 to 16 (8)")
+    parser.add_argument(
+        "-S", dest="sparse", type=common.size, help="shortest stretch of zeroes to leave out (4k), 0 for none"
+    )
+    parser.add_argument(
+        "-t", dest="cache", choices=CACHE_MODES, default="unsafe", help="all but unsafe make it durable"
+    )
     parser.add_argument("-U", "--force-share", action="store_true")
     parser.add_argument("-W", dest="unordered", action="store_true", help="no effect")
-    parser.ignored("-T", "-t", "-m", "-S", "-r")
+    parser.ignored("-T", "-r")
     parser.chain_option()
     parser.add_argument("source")
     parser.add_argument("target")
-    given = parser.parse_intermixed_args(arguments)
-    target_format = given.target_format or "raw"
+    return parser
+
+
+def _check(given: argparse.Namespace, target_format: str) -> None:
+    """Options that do not go together."""
     if given.compress and target_format != "qcow2":
         raise BlockError("raw images cannot be compressed", errno.ENOTSUP)
     if given.backing is not None and target_format != "qcow2":
@@ -71,191 +117,228 @@ def run(arguments: list[str]) -> int:
         raise UsageError("convert: Use of --skip-broken-bitmaps requires --bitmaps")
     if given.bitmaps and target_format != "qcow2":
         raise BlockError(f"Format driver '{target_format}' does not support bitmaps", errno.ENOTSUP)
-    snapshot = given.snapshot
-    if snapshot is not None:
-        snapshot = snapshot.removeprefix("snapshot.id=").removeprefix("snapshot.name=")
-    how = {"snapshot": snapshot} if snapshot is not None else {}
-    source = common.open_image(given.source, given.format, allowed=given.allow_backing, **how)
-    try:
-        if os.path.exists(given.target) and os.path.samefile(given.source, given.target):
-            raise BlockError(f"{given.target}: is the source", errno.EINVAL)
-        names = _bitmaps(source, given) if given.bitmaps else []
-        if not given.existing:
-            _create(given, target_format, source.size)
-        _copy(source, given, target_format)
-        if names:
-            assert isinstance(source, Qcow2Image)
-            _copy_bitmaps(source, names, given.target)
-    finally:
-        source.close()
-    return 0
+    if not 1 <= given.threads <= 16:
+        raise UsageError("convert: -m must be 1 to 16")
+    if given.sparse is not None and given.sparse % 512:
+        raise UsageError("convert: -S must be a multiple of 512")
+    if given.offload and (given.compress or given.sparse is not None):
+        raise UsageError("convert: -C goes with neither -c nor -S")
 
 
-def _bitmaps(source: Image, given: common.argparse.Namespace) -> list[str]:
-    """The bitmaps that are to be copied. BlockError where one cannot be."""
-    if not isinstance(source, Qcow2Image):
-        raise BlockError(f"Format driver '{source.format}' does not support bitmaps", errno.ENOTSUP)
-    known, names = BitmapSet(source), []
-    for bitmap in known.bitmaps():
+def _convert(source: Image, given: argparse.Namespace, target_format: str) -> None:
+    existed = os.path.exists(given.target)
+    names = []
+    if given.bitmaps:
+        from blockd.img import bitmap_copy  # slow to import, and rarely used
+
+        names = bitmap_copy.chosen(source, given.skip_broken_bitmaps)
+    with _interruptible():
         try:
-            known.usable(bitmap.name)
-        except BlockError:
-            if not given.skip_broken_bitmaps:
-                text = f"Cannot copy inconsistent bitmap '{bitmap.name}'; try --skip-broken-bitmaps, or use "
-                raise BlockError(f"{text}'bitmap --remove' to delete it", errno.EINVAL) from None
-            print(f"atoll img: warning: Skipping inconsistent bitmap '{bitmap.name}'", file=sys.stderr)
-        else:
-            names.append(bitmap.name)
-    return names
+            preallocation = "off"
+            if not given.existing:
+                preallocation = _create(given, target_format, source.size)
+            with _discarded_on_failure(given, existed):
+                if preallocation != "off":
+                    preallocate(given.target, preallocation)
+                if source.size:
+                    _copy(source, given, target_format)
+                if names:
+                    bitmap_copy.copy(source, names, given.target)
+        except BrokenPipeError:
+            raise  # of standard output
+        except OSError as error:
+            text = f"{given.target}: cannot be written: {error.strerror or error}"
+            raise BlockError(text, error.errno or errno.EIO) from None
 
 
-def _copy_bitmaps(source: Qcow2Image, names: list[str], target_file: str) -> None:
-    target = Qcow2Image(target_file, backed=False)
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP raise Interrupted, once; then they do what they do by default."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for other in before:
+            signal.signal(other, signal.SIG_DFL)
+        raise Interrupted(number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        with at_rest(target):
-            theirs, ours = BitmapSet(source), BitmapSet(target)
-            for name in names:
-                bitmap = theirs.usable(name)
-                ours.add(name, 1 << bitmap.granularity_bits, bool(bitmap.flags & AUTO))
-                ours.merge(name, theirs, name)
-            ours.save()
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, interrupt)
+        yield
     finally:
-        target.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _create(given: common.argparse.Namespace, target_format: str, disk_size: int) -> None:
+@contextlib.contextmanager
+def _discarded_on_failure(given: argparse.Namespace, existed: bool) -> Iterator[None]:
+    """A half image is not left to be mistaken for a whole one."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            if not given.existing and stat.S_ISREG(os.stat(given.target).st_mode):
+                if existed:
+                    os.truncate(given.target, 0)
+                else:
+                    os.unlink(given.target)
+        raise
+
+
+def _create(given: argparse.Namespace, target_format: str, disk_size: int) -> str:
+    """Make the target; returns how it is to be preallocated."""
     named = parse_options(given.options)
     if is_network_name(given.target):
-        raise BlockError(f"{given.target}: an export cannot be created; -n writes to one that is there", 95)
+        text = f"{given.target}: an export cannot be created; -n writes to one that is there"
+        raise BlockError(text, errno.ENOTSUP)
     if target_format == "raw":
         common.make_raw(given.target, disk_size)
-        return
+        return "off"
     options, preallocation = qcow2_options(disk_size, named)
     if given.backing is not None:
         options.backing_file, options.backing_format = given.backing, given.backing_format
+    options.check()
+    if options.data_file is not None:
+        common.make_raw(resolve(given.target, options.data_file, ("*",), "data file"), disk_size)
     create(given.target, options)
-    if preallocation != "off":
-        preallocate(given.target, preallocation)
+    return preallocation
 
 
-def _copy(source: Image, given: common.argparse.Namespace, target_format: str) -> None:
-    progress = common.Progress(given.progress and not given.quiet, source.size)
-    if target_format == "raw":
-        host = opening.open_file(given.target)
-        try:
-            if host.size() < source.size:
-                raise BlockError(f"{given.target}: is smaller than the source", errno.ENOSPC)
-            for piece in _pieces(source, SPARSE, progress, whole=given.existing):
-                host.write(piece.offset, piece.data)
-            host.sync()
-        finally:
-            host.close()
-        progress.end()
-        return
-    allowed = ["*"] if given.backing is not None else given.allow_backing
-    target = common.open_image(
-        given.target, "qcow2", read_only=False, allowed=allowed, open_file=opening.unsafe_file
-    )
-    assert isinstance(target, Qcow2Image)
+def _copy(source: Image, given: argparse.Namespace, target_format: str) -> None:
+    allowed = given.allow_backing if given.existing else ["*"]  # the user has just named them
+    how = {"open_file": opening.unsafe_file} if target_format == "qcow2" else {}
+    target = common.open_image(given.target, target_format, read_only=False, allowed=allowed, **how)
     try:
         if target.size < source.size:
             raise BlockError(f"{given.target}: is smaller than the source", errno.ENOSPC)
-        whole = given.existing or given.backing is not None
-        pieces = _pieces(source, target.header.cluster_size, progress, whole)
-        if given.compress:
-            _write_compressed(target, pieces)
-        else:
-            for piece in pieces:
-                target.write(piece.offset, piece.data)
-        target.flush()
-    finally:
-        target.close()
-    host = opening.open_file(given.target)
-    host.sync()
-    host.close()
+        progress = common.Progress(given.progress and not given.quiet, source.size)
+        if not (given.offload and _offload(source, target, progress, tell=given.existing)):
+            _transform(source, target, given, progress)
+        _finish(target, CACHE_MODES[given.cache])
+    except BaseException:
+        _close_files(target)
+        raise
+    target.close()
     progress.end()
 
 
-def _pieces(source: Image, granularity: int, progress: common.Progress, whole: bool) -> Iterator[Piece]:
-    """What is not zero, in order, in multiples of ``granularity`` but at the end; with ``whole``
-    everything, since there may be something at the target. A piece is valid until the next one."""
-    for offset, data in _read_ahead(source, _ranges(source, granularity, whole), max(CHUNK, granularity)):
-        if whole:
-            yield Piece(offset, data)
-        else:
-            yield from _without_zeroes(offset, data, granularity)
-        progress.at(offset + len(data))
+def _finish(target: Image, durable: bool) -> None:
+    """What closing would do, but with its errors told."""
+    if isinstance(target, Qcow2Image):
+        with target.lock:
+            target.refcounts.give_back_reserved()
+        target.host.unsafe = target.data.unsafe = not durable
+        target.flush()
+    elif durable:
+        target.flush()
 
 
-def _ranges(source: Image, granularity: int, whole: bool) -> Iterator[tuple[int, int]]:
-    """(offset, length) of what has to be read."""
-    longest = max(CHUNK, granularity)
-    at = done = 0
-    for extent in source.extents(0, source.size):
-        stop = at + extent.length
-        if whole or not extent.zero:
-            offset = max(done, at // granularity * granularity)
-            end = min(source.size, -(-stop // granularity) * granularity)
-            while offset < end:
-                length = min(longest, end - offset)
-                yield offset, length
-                offset += length
-            done = offset
-        at = stop
+def _close_files(target: Image) -> None:
+    """Of an image that is worthless."""
+    if isinstance(target, Qcow2Image):
+        target.close_files()
+    else:
+        target.close()
 
 
-def _read_ahead(
-    source: Image, ranges: Iterator[tuple[int, int]], longest: int
-) -> Iterator[tuple[int, memoryview]]:
-    """Read ranges, the next one while the last one is being used."""
-    buffers = [memoryview(bytearray(longest)) for _ in range(2)]
-    before: tuple[int, memoryview, Future[None]] | None = None
-    with ThreadPoolExecutor(1) as pool:
-        for number, (offset, length) in enumerate(ranges):
-            buffer = buffers[number % 2][:length]
-            reading = pool.submit(source.read_into, offset, buffer)
-            if before is not None:
-                before[2].result()
-                yield before[0], before[1]
-            before = offset, buffer, reading
-        if before is not None:
-            before[2].result()
-            yield before[0], before[1]
+def _transform(source: Image, target: Image, given: argparse.Namespace, progress: common.Progress) -> None:
+    """Read in threads, where zeroes are found and clusters compressed; write here."""
+    sparse = SPARSE if given.sparse is None else given.sparse
+    if isinstance(target, Qcow2Image):
+        granularity = max(sparse, target.header.cluster_size)
+    else:
+        granularity = sparse or SPARSE
+    # zeroes are written, too, where there may be something else
+    tell = bool(given.existing) or given.backing is not None
+    work: Callable[[int, memoryview], list[Piece | Packed]]
+    if given.compress:
+        assert isinstance(target, Qcow2Image)
+        work = _compression(target, tell)
+    elif sparse == 0:
+        work = _whole
+    else:
+
+        def work(offset: int, data: memoryview) -> list[Piece | Packed]:
+            return [*copying.find_zeroes(offset, data, granularity, tell)]
+
+    workers = copying.threads(given.threads)
+    parts = copying.parts(source, granularity, whole=sparse == 0)
+    with contextlib.closing(copying.transform(source, parts, work, workers)) as done:
+        for part, pieces in done:
+            if pieces is None:
+                pieces = [Piece(part.offset, part.length, None)] if tell else []
+            for piece in pieces:
+                _write(target, piece)
+            progress.at(part.offset + part.length)
 
 
-def _without_zeroes(offset: int, data: memoryview, granularity: int) -> Iterator[Piece]:
-    full = len(data) // granularity
-    rows = np.frombuffer(data[: full * granularity], np.uint64).reshape(full, granularity // 8)
-    used = rows[:, 0] != 0  # mostly that says it
-    unclear = np.flatnonzero(~used)
-    used[unclear] = rows[unclear].any(axis=1)
-    edges = np.flatnonzero(np.diff(np.concatenate(([False], used, [False])).astype(np.int8)))
-    for first, last in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
-        yield Piece(offset + first * granularity, data[first * granularity : last * granularity])
-    rest = data[full * granularity :]
-    if len(rest) and bytes(rest).strip(b"\0"):
-        yield Piece(offset + full * granularity, rest)
+def _write(target: Image, piece: Piece | Packed) -> None:
+    if isinstance(piece, Packed):
+        assert isinstance(target, Qcow2Image)
+        target.write_compressed(piece.offset, *piece.clusters)
+    elif piece.data is not None:
+        target.write(piece.offset, piece.data)
+    else:
+        target.write_zeroes(piece.offset, piece.length, unmap=True, fast=False)
 
 
-def _write_compressed(target: Qcow2Image, pieces: Iterator[Piece]) -> None:
-    """Compress in as many threads as there are processors; write in order."""
+def _whole(offset: int, data: memoryview) -> list[Piece | Packed]:
+    return [Piece(offset, len(data), data)]
+
+
+def _compression(target: Qcow2Image, tell: bool) -> Callable[[int, memoryview], list[Piece | Packed]]:
+    """Compresses clusters; those that do not become smaller stay as they are."""
     size, method = target.header.cluster_size, target.header.compression
-    pending: list[tuple[int, bytes, Future[bytes]]] = []
 
-    def finish() -> None:
-        offset, plain, future = pending.pop(0)
-        packed = future.result()
-        if len(packed) < size:
-            target.write_compressed(offset, packed)
-        else:
-            target.write(offset, plain[: target.size - offset])
+    def work(offset: int, data: memoryview) -> list[Piece | Packed]:
+        result: list[Piece | Packed] = []
+        for piece in copying.find_zeroes(offset, data, size, tell):
+            if piece.data is None:
+                result.append(piece)
+                continue
+            for inside in range(0, piece.length, size):
+                plain = piece.data[inside : inside + size]
+                at = piece.offset + inside
+                packed = compress(plain if len(plain) == size else bytes(plain).ljust(size, b"\0"), method)
+                last = result[-1] if inside else None
+                cut = len(plain) < size and at + len(plain) < target.size  # there is more in the cluster
+                if len(packed) < size and not cut:
+                    if isinstance(last, Packed):
+                        last.clusters.append(packed)
+                    else:
+                        result.append(Packed(at, [packed]))
+                elif isinstance(last, Piece):
+                    data = piece.data[last.offset - piece.offset : inside + len(plain)]
+                    result[-1] = Piece(last.offset, len(data), data)
+                else:
+                    result.append(Piece(at, len(plain), plain))
+        return result
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for piece in pieces:
-            for inside in range(0, len(piece.data), size):
-                plain = bytes(piece.data[inside : inside + size]).ljust(size, b"\0")
-                pending.append((piece.offset + inside, plain, pool.submit(compress, plain, method)))
-                if len(pending) >= MOST_PENDING:
-                    finish()
-        while pending:
-            finish()
+    return work
+
+
+def _offload(source: Image, target: Image, progress: common.Progress, tell: bool) -> bool:
+    """Whatever is no hole is copied by the kernel, which may share it between the files. False where it
+    cannot."""
+    if not (isinstance(source, RawImage) and isinstance(target, RawImage)):
+        return False
+    for part in copying.parts(source, SPARSE, whole=False):
+        at, end = part.offset, part.offset + part.length
+        while at < end:
+            length = end - at
+            if not part.zero:
+                try:
+                    length = source.copy_to(target, at, length)
+                except OSError as error:
+                    if error.errno in (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                        return False
+                    raise
+            elif tell:
+                target.write_zeroes(at, length, unmap=True, fast=False)
+            at += length
+            progress.at(at)
+    return True

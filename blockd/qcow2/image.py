@@ -331,10 +331,10 @@ class Qcow2Image(Image):
         if self.condemned_count > MOST_CONDEMNED:
             self.flush()
 
-    def write_compressed(self, offset: int, packed: bytes) -> None:
-        """Store one whole cluster that is compressed already."""
+    def write_compressed(self, offset: int, *packed: bytes) -> None:
+        """Store whole neighbouring clusters that are compressed already."""
         if self.tracker is not None:
-            self.tracker.mark(offset, self._mask + 1)
+            self.tracker.mark(offset, len(packed) << self._bits)
         self._writer.write_packed(offset, packed)
 
     def preallocate(self, offset: int, length: int) -> None:

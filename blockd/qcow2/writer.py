@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -342,43 +343,67 @@ class Writer:
             done += count
 
     # ---- compressed clusters ---------------------------------------------------------------------
-    def write_packed(self, offset: int, packed: bytes) -> None:
-        """Store a whole cluster that has been compressed to fewer bytes than it has."""
-        image, bits = self._image, self._bits
-        layout = image.mapping.layout
+    def write_packed(self, offset: int, packed: Sequence[bytes]) -> None:
+        """Store whole clusters, one behind the other, each compressed to fewer bytes than it has."""
+        image = self._image
         if self._external:
             raise OSError(errno.ENOTSUP, f"{image.file}: has an external data file, so nothing is compressed")
+        cluster, done, entries = offset >> self._bits, 0, 1 << self._table_bits
         with image.lock:
-            host = self._room(len(packed))
-            try:
-                image.host.write(host, packed)
-                image.host.sync()
-            except OSError:
-                self._packed_at = 0
-                raise
-            index = offset >> (bits + self._table_bits)
-            at = (offset >> bits) & ((1 << self._table_bits) - 1)
-            table = self._writable(index)
-            old = table.entries[at : at + 1].copy()
-            sectors = ((host & 511) + len(packed) - 1) >> 9
-            image.mapping.store_one(index, table, at, COMPRESSED | sectors << layout.packed_shift | host)
-            self._condemn_entries(old)
+            while done < len(packed):
+                at = (cluster + done) & (entries - 1)
+                part = packed[done : done + entries - at]
+                self._pack((cluster + done) >> self._table_bits, at, part)
+                done += len(part)
 
-    def _room(self, length: int) -> int:
-        """A host offset with room for so many bytes, counted for: behind the last compressed cluster,
-        or in a new one. Neighbours share host clusters; sectors that the entry names are counted, too."""
-        image, bits = self._image, self._bits
-        refcounts = image.refcounts
+    def _pack(self, index: int, at: int, packed: Sequence[bytes]) -> None:
+        """The same within one L2 table, from its entry ``at`` on."""
+        image = self._image
+        try:
+            places = self._rooms([len(data) for data in packed])
+            first = 0
+            for last in range(len(packed)):
+                end = places[last] + len(packed[last])
+                if last + 1 == len(packed) or places[last + 1] != end:
+                    image.host.write(places[first], b"".join(packed[first : last + 1]))
+                    first = last + 1
+            image.host.sync()
+        except OSError:
+            self._packed_at = 0
+            raise
+        table = self._writable(index)
+        shift = image.mapping.layout.packed_shift
+        entries = [
+            COMPRESSED | ((place & 511) + len(data) - 1) >> 9 << shift | place
+            for place, data in zip(places, packed, strict=True)
+        ]
+        old = table.entries[at : at + len(packed)].copy()
+        image.mapping.store(index, table, at, np.array(entries, np.uint64))
+        self._condemn_entries(old)
+
+    def _rooms(self, lengths: list[int]) -> list[int]:
+        """Host offsets with room for so many bytes each, counted for: behind the last compressed cluster,
+        or in a new host cluster. Neighbours share host clusters; sectors that the entry names are counted,
+        too."""
+        refcounts, bits, mask = self._image.refcounts, self._bits, self._size - 1
         at = self._packed_at
-        mask = self._size - 1
-        if at & mask:
+        uses = refcounts.get(at >> bits) if at & mask else 0  # of the host cluster that ``at`` is in
+        shared: list[int] = []
+        result = []
+        for length in lengths:
             cluster = at >> bits
-            last = (((at & ~511) + ((at & 511) + length + 511) // 512 * 512) - 1) >> bits
-            shared = refcounts.get(cluster) < refcounts.maximum
-            if shared and (last == cluster or refcounts.take_adjacent(cluster + 1)):
-                refcounts.change(np.array([cluster]), 1)
-                self._packed_at = at + length if (at + length - 1) >> bits == last else 0
-                return at
-        cluster, _ = refcounts.take(1)
-        self._packed_at = (cluster << bits) + length
-        return cluster << bits
+            last = ((at + length - 1) | 511) >> bits
+            if at & mask and uses < refcounts.maximum and (
+                last == cluster or refcounts.take_adjacent(cluster + 1)
+            ):
+                shared.append(cluster)
+                uses = uses + 1 if last == cluster else 1
+            else:
+                cluster, _ = refcounts.take(1)
+                at, uses = cluster << bits, 1
+            result.append(at)
+            at += length
+        if shared:
+            refcounts.change(np.array(sorted(shared)), 1)
+        self._packed_at = at if at & mask else 0
+        return result
