@@ -88,6 +88,8 @@ class Export:
         self.epoch = epoch
         self.description = wanted.description or f"{wanted.media.value}, {image.format}"
         self.discard = wanted.discard
+        self.writethrough = wanted.writethrough
+        self.detect_zeroes = wanted.detect_zeroes
         self.contexts = contexts_of(image, wanted.bitmaps)
         self._lock = threading.Lock()
         self._sessions: set[Session] = set()

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from blockd.nbd.listen import LOOPBACK, Listener, inherited
-from coordinator.contract.config import Export
+from coordinator.contract.config import DetectZeroes, Export
 from coordinator.contract.errors import AtollError, UsageError
 from coordinator.contract.nbd import MAX_STRING, absolute_name
 
 DEFAULT_PORT = 10809  # IANA's for nbd
 FORMATS = ("raw", "qcow2")
+CACHE = ("writeback", "none", "writethrough", "directsync", "unsafe")
 #: qemu-nbd's options that are not here, and why
 _ABSENT = {
     ("-A", "--allocation-depth"): "the allocation depth is not told",
@@ -134,10 +135,11 @@ def _parser() -> argparse.ArgumentParser:
     disk("-l", "--load-snapshot", default="", metavar="ID|NAME", help="serve an internal snapshot, read-only")
     disk("-B", "--bitmap", action="append", default=[], metavar="NAME", help="tell clients of a dirty bitmap")
     disk("--discard", choices=("ignore", "off", "unmap", "on"), default="ignore", help="what a trim does")
-    disk("--cache", default="writeback", metavar="MODE", help="writeback (default), none (the same), unsafe")
+    disk("--cache", default="writeback", choices=CACHE, help="none is writeback, directsync is writethrough")
     disk("-n", "--nocache", dest="cache", action="store_const", const="none", help="--cache=none")
     disk("--aio", choices=("threads", "native", "io_uring"), help=argparse.SUPPRESS)
-    disk("--detect-zeroes", choices=("off", "on", "unmap"), help=argparse.SUPPRESS)
+    disk("--detect-zeroes", choices=("off", "on", "unmap"), default="off",
+         help="make zero what is written as zeroes; unmap: and give its space back")  # fmt: skip
     disk("--allow-backing", action="append", default=[], metavar="PLACE",
          help="a file or folder elsewhere that backing files may come from; * for any")  # fmt: skip
     other = parser.add_argument_group("process").add_argument
@@ -193,8 +195,8 @@ def _export(given: argparse.Namespace) -> Export:
             raise UsageError(f"{what}: {length} bytes are too long for NBD (at most {MAX_STRING})")
     if given.format not in (None, *FORMATS):
         raise UsageError(f"-f {given.format}: is unknown (known: {', '.join(FORMATS)})")
-    if given.cache not in ("writeback", "none", "unsafe"):
-        raise UsageError(f"--cache={given.cache}: is not supported (writeback, none and unsafe are)")
+    if given.detect_zeroes == "unmap" and given.discard not in ("unmap", "on"):
+        raise UsageError("--detect-zeroes=unmap needs --discard=unmap")
     if given.snapshot and (given.load_snapshot or given.bitmap or given.read_only):
         raise UsageError("-s cannot be combined with -l, -B or -r")
     if given.load_snapshot and given.bitmap:
@@ -207,6 +209,8 @@ def _export(given: argparse.Namespace) -> Export:
         backing_allowed=tuple(p if p == "*" else absolute_name(p) for p in given.allow_backing),
         snapshot=given.snapshot,
         unsafe=given.cache == "unsafe",
+        writethrough=given.cache in ("writethrough", "directsync"),
+        detect_zeroes=DetectZeroes(given.detect_zeroes),
         description=given.description,
         load_snapshot=given.load_snapshot,
         bitmaps=tuple(given.bitmap),

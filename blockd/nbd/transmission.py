@@ -14,11 +14,14 @@ import struct
 from collections.abc import Callable
 from itertools import islice
 
+import numpy as np
+
 from blockd.batch import Batch
 from blockd.export import Counters
 from blockd.image import Image
 from blockd.nbd.handshake import Hangup, Negotiated
 from coordinator.contract import nbd
+from coordinator.contract.config import DetectZeroes
 from coordinator.contract.nbd import (
     CHUNK,
     CHUNK_DONE,
@@ -62,6 +65,10 @@ _FLAGS = {
 _ANY = int(CommandFlag.FUA)
 
 
+def _is_zero(data: memoryview) -> bool:
+    return not np.frombuffer(data, np.uint8).any()
+
+
 class Transmission:
     """The transmission phase of one connection."""
 
@@ -72,6 +79,8 @@ class Transmission:
         self._structured = agreed.structured
         self._contexts = agreed.contexts
         self._discard = agreed.export.discard
+        self._through = agreed.export.writethrough
+        self._detect = agreed.export.detect_zeroes
         self._counters = counters
         #: set by another thread: no further request is begun
         self.stopping = False
@@ -80,7 +89,8 @@ class Transmission:
         self._out = memoryview(bytearray(OUTPUT))
         self._ready = 0  # bytes of replies that wait to be sent
         self._large = memoryview(bytearray())  # payload that does not fit the input buffer
-        self._direct = self._image.direct()
+        looked_at = self._through or self._detect is not DetectZeroes.OFF  # each write by itself
+        self._direct = None if looked_at else self._image.direct()
         self._batch = Batch(self._in, self._out, SEND_AT, self._size, self._structured)
         #: a read reply's header: simple, or a chunk with its offset
         self._read_head = CHUNK.size + _OFFSET.size if agreed.structured else SIMPLE_REPLY.size
@@ -204,8 +214,12 @@ class Transmission:
         if not error:
             self._counters.writes += 1
             self._counters.write_bytes += length
+            fua = self._through or bool(flags & CommandFlag.FUA)
             try:
-                self._image.write(offset, data, bool(flags & CommandFlag.FUA))
+                if self._detect is not DetectZeroes.OFF and length and _is_zero(data):
+                    self._image.write_zeroes(offset, length, self._detect is DetectZeroes.UNMAP, False, fua)
+                else:
+                    self._image.write(offset, data, fua)
             except OSError as failure:
                 error = nbd.wire_error(failure.errno)
         self._reply(cookie, error)
@@ -228,7 +242,7 @@ class Transmission:
             try:
                 if self._discard:
                     self._image.trim(offset, length)
-                if flags & CommandFlag.FUA:
+                if self._through or flags & CommandFlag.FUA:
                     self._image.flush()
             except OSError as failure:
                 error = nbd.wire_error(failure.errno)
@@ -249,8 +263,9 @@ class Transmission:
             self._counters.zeroes += 1
             unmap = self._discard and not flags & CommandFlag.NO_HOLE
             fast = bool(flags & CommandFlag.FAST_ZERO)
+            fua = self._through or bool(flags & CommandFlag.FUA)
             try:
-                self._image.write_zeroes(offset, length, unmap, fast, bool(flags & CommandFlag.FUA))
+                self._image.write_zeroes(offset, length, unmap, fast, fua)
             except OSError as failure:
                 error = nbd.wire_error(failure.errno)
         self._reply(cookie, error)

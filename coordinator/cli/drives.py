@@ -7,7 +7,7 @@ import msgspec
 from coordinator.cli import options, properties
 from coordinator.cli.options import KeyValues
 from coordinator.cli.settings import Settings
-from coordinator.contract.config import DebugExit, Drive, LeasePolicy, Media
+from coordinator.contract.config import DebugExit, DetectZeroes, Drive, LeasePolicy, Media
 from coordinator.contract.drives import PROPERTIES
 from coordinator.contract.errors import UsageError
 from coordinator.contract.nbd import absolute_name
@@ -28,9 +28,18 @@ DRIVE_PROPERTIES = (
     "snapshot",
     "lease",
     "aio",
+    "discard",
+    "detect-zeroes",
 )
-#: only unsafe makes a difference: every write reaches the kernel before it is answered, and a flush the disk
+#: every write reaches the kernel before it is answered, and a flush the disk; with the two of WRITETHROUGH
+#: each write reaches the disk, with unsafe not even a flush does. The host's page cache is always used
 CACHE_MODES = ("writeback", "writethrough", "none", "directsync", "unsafe")
+WRITETHROUGH = ("writethrough", "directsync")
+#: accepted, and all the same: there is one engine, system calls from the threads of the block daemon
+AIO = ("threads", "native", "io_uring")
+#: what a discard does; the names that mean that it gives space back
+DISCARD = ("ignore", "off", "unmap", "on")
+DISCARDING = ("unmap", "on")
 #: how a writable disk is leased; the remaining policy is for incoming machines
 LEASES = tuple(policy.value for policy in LeasePolicy if policy is not LeasePolicy.AWAIT)
 NO_NETWORK = "there is no network yet; say -nic none"
@@ -96,7 +105,12 @@ def drive(s: Settings, value: str) -> None:
     cache = kv.choice("cache", CACHE_MODES, "writeback")
     throwaway = kv.flag("snapshot")
     lease = LeasePolicy(kv.choice("lease", LEASES, "take"))
-    kv.ignore("aio", "discard", "werror", "rerror", "detect-zeroes", "copy-on-read")
+    kv.choice("aio", AIO, "threads")
+    discard = kv.choice("discard", DISCARD, "ignore") in DISCARDING
+    zeroes = DetectZeroes(kv.choice("detect-zeroes", (mode.value for mode in DetectZeroes), "off"))
+    if zeroes is DetectZeroes.UNMAP and not discard:
+        raise UsageError("-drive detect-zeroes=unmap: needs discard=unmap")
+    kv.ignore("werror", "rerror", "copy-on-read")
     kv.done(DRIVE_PROPERTIES)
     if media is Media.DISK and file is None:
         raise UsageError("-drive media=disk needs file=")
@@ -121,6 +135,9 @@ def drive(s: Settings, value: str) -> None:
         backing_allowed=backing_allowed,
         snapshot=throwaway,
         unsafe=cache == "unsafe",
+        writethrough=cache in WRITETHROUGH,
+        discard=discard,
+        detect_zeroes=zeroes,
         lease=lease,
     )
     if interface == "none":
@@ -167,19 +184,6 @@ def _ide_device(s: Settings, kv: KeyValues, media: Media) -> None:
     properties.take(s, kv, driver, ident)
     kv.ignore("bootindex", "model", "ver", "wwn")
     kv.done(("drive", "bus", "unit", "id", "serial", *PROPERTIES[driver]))
-    _add_drive(
-        s,
-        Drive(
-            id=ident,
-            index=index,
-            media=media,
-            file=loose.file if loose else None,
-            format=loose.format if loose else "auto",
-            read_only=loose.read_only if loose else media is Media.CDROM,
-            serial=serial,
-            backing_allowed=loose.backing_allowed if loose else (),
-            snapshot=loose.snapshot if loose else False,
-            unsafe=loose.unsafe if loose else False,
-            lease=loose.lease if loose else LeasePolicy.TAKE,
-        ),
-    )
+    empty = Drive(id=ident, index=index, media=media, format="auto", read_only=media is Media.CDROM)
+    changes = {"id": ident, "index": index, "media": media, "serial": serial}
+    _add_drive(s, msgspec.structs.replace(loose or empty, **changes))

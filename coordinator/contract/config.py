@@ -31,6 +31,17 @@ class LeasePolicy(enum.Enum):
     AWAIT = "await"
 
 
+class DetectZeroes(enum.Enum):
+    """What becomes of a write of zeroes."""
+
+    #: it is written
+    OFF = "off"
+    #: the range is made zero, and stays allocated
+    ON = "on"
+    #: the range is made zero, and its space is given back
+    UNMAP = "unmap"
+
+
 class Drive(msgspec.Struct, frozen=True):
     """An IDE drive. ``index`` 0-3: primary master, primary slave, secondary master, secondary slave."""
 
@@ -48,6 +59,11 @@ class Drive(msgspec.Struct, frozen=True):
     snapshot: bool = False
     #: a flush does nothing: for disks that nobody will miss
     unsafe: bool = False
+    #: every write is durable when it is answered
+    writethrough: bool = False
+    #: False when a discarded range keeps its content
+    discard: bool = False
+    detect_zeroes: DetectZeroes = DetectZeroes.OFF
     #: how a writable disk is leased
     lease: LeasePolicy = LeasePolicy.TAKE
     #: what migration does with a command under way
@@ -145,6 +161,8 @@ class Export(msgspec.Struct, frozen=True):
     backing_allowed: tuple[str, ...] = ()
     snapshot: bool = False
     unsafe: bool = False
+    writethrough: bool = False
+    detect_zeroes: DetectZeroes = DetectZeroes.OFF
     #: what a client is told about it; empty for its media and format
     description: str = ""
     #: an internal snapshot that is served read-only instead of the disk: its id or name, or
@@ -186,6 +204,9 @@ def export_of(drive: Drive, incoming: bool = False) -> Export:
         backing_allowed=drive.backing_allowed,
         snapshot=drive.snapshot,
         unsafe=drive.unsafe,
+        writethrough=drive.writethrough,
+        discard=drive.discard,
+        detect_zeroes=drive.detect_zeroes,
         lease=LeasePolicy.AWAIT if awaited else drive.lease,
     )
 

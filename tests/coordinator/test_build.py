@@ -12,7 +12,7 @@ from coordinator.chardev_spec import ChardevSpec
 from coordinator.cli import build, files
 from coordinator.cli.options import OPTIONS, HelpWanted
 from coordinator.cli.settings import Settings
-from coordinator.contract.config import Media
+from coordinator.contract.config import DetectZeroes, Media, export_of
 from coordinator.contract.drives import DrivePolicy, Incomplete, Stream
 from coordinator.contract.errors import ConfigError, UsageError
 
@@ -94,6 +94,25 @@ def test_formats_and_what_becomes_of_writes() -> None:
     assert (b.format, b.snapshot, b.unsafe, b.backing_allowed) == ("qcow2", True, True, ("/images",))
     found = build.machine(parse(line + " -snapshot"), None, 0).drives
     assert [d.snapshot for d in found] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("", (False, DetectZeroes.OFF, False)),
+        (",discard=unmap,aio=io_uring", (True, DetectZeroes.OFF, False)),
+        (",discard=on,detect-zeroes=unmap,aio=native", (True, DetectZeroes.UNMAP, False)),
+        (",discard=off,detect-zeroes=on", (False, DetectZeroes.ON, False)),
+        (",discard=ignore,cache=writethrough,aio=threads", (False, DetectZeroes.OFF, True)),
+        (",cache=directsync", (False, DetectZeroes.OFF, True)),
+    ],
+)
+def test_discards_and_zeroes(words: str, expected: tuple[bool, DetectZeroes, bool]) -> None:
+    """The same for a drive that a device takes; and the export has them."""
+    for line in (f"-drive file=a{words}", f"-drive if=none,id=d,file=a{words} -device ide-hd,drive=d"):
+        (drive,) = build.machine(parse(line), None, 0).drives
+        for found in (drive, export_of(drive)):
+            assert (found.discard, found.detect_zeroes, found.writethrough) == expected
 
 
 def test_files_of_drives_are_absolute() -> None:
@@ -246,6 +265,10 @@ def test_trace_and_log() -> None:
         "-device ide-hd,drive=nope",
         "-drive media=disk",
         "-drive file=x,cache=odd",
+        "-drive file=x,discard=odd",
+        "-drive file=x,aio=odd",
+        "-drive file=x,detect-zeroes=odd",
+        "-drive file=x,detect-zeroes=unmap",
         "-drive file=x,bus=2",
         "-hda a -hdb b -hdc c -hdd d -drive file=e",
         "-serial null -serial null -serial null",
