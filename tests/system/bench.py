@@ -1,5 +1,6 @@
-"""`make bench`: native, QEMU TCG (where installed) and Atoll side by side, from one run.
+"""`make bench`: native, QEMU (where installed) and Atoll side by side, from one run.
 
+Two sections, of which `--only` selects one: guests (this file) and block (bench_block.py).
 Each machine runs the same static program (tests/guests/bench) with one copy, then with two at once,
 pinned and started at a barrier; guests are booted by -kernel with two vCPUs. Then the time from start
 to init with the synchronous device round trips, and the rate at which the guest reads its CD.
@@ -25,13 +26,14 @@ from coordinator import pieces
 from coordinator.contract.errors import AtollError, ConfigError
 from tests.support import products
 from tests.support.launch import CONSOLE, HEARTBEAT_SECONDS, Guest, Launcher, end_on_sigterm
-from tests.system import figures
+from tests.system import bench_block, figures
 
 KERNELS = {
     "sha256": "integer", "nbody": "SSE2 double", "sieve": "stores", "qsort": "calls, branches",
     "chase": "cache misses", "memcpy": "block copies", "icall": "indirect calls", "x87": "80-bit float",
     "syscall": "system calls", "fork": "processes", "pagefault": "page faults",
 }
+SECTIONS = ("guests", "block")
 MACHINES = ("native", "qemu", "atoll")
 TITLES = {"native": "native", "qemu": "QEMU TCG", "atoll": "Atoll"}
 QEMU = "qemu-system-x86_64"
@@ -260,9 +262,29 @@ def say(line: str) -> None:
     print(f"[bench] {line}", flush=True)
 
 
+def run_guests(options: argparse.Namespace, kernels: list[str], names: list[str]) -> dict[str, Machine]:
+    """The section of guests, by machine."""
+    words = [["-t", f"{options.seconds:g}", "-c", copies, *kernels] for copies in options.copies.split(",")]
+    machines: dict[str, Machine] = {}
+    if "native" in names:
+        machines["native"] = run_native(products.program("bench"), words)
+    if "qemu" in names and shutil.which(QEMU):
+        tcg = Launcher((QEMU, "-accel", "tcg,thread=multi"))
+        machines["qemu"] = run_guest("qemu", tcg, words, options.passes)
+    elif "qemu" in names:
+        say(f"{QEMU} is not installed; its columns stay empty")
+    if "atoll" in names:
+        machines["atoll"] = run_guest("atoll", Launcher.parse(options.launcher), words, options.passes)
+    if "native" in machines:
+        for machine in machines.values():
+            machine.failures += wrong_results(machines["native"], machine)
+    return machines
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="make bench ARGS=...", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default=",".join(SECTIONS), help="sections of %(default)s")
     parser.add_argument("--machines", default=",".join(MACHINES), help="of %(default)s")
     parser.add_argument("--kernels", default=",".join(KERNELS), help="of %(default)s")
     parser.add_argument("--copies", default="1,2", help="how many at once (default: %(default)s)")
@@ -272,38 +294,37 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, default=Path("build/bench.json"), help="default: %(default)s")
     options = parser.parse_args(arguments)
     end_on_sigterm()
-    kernels, names = options.kernels.split(","), options.machines.split(",")
     begun = time.monotonic()
+    kernels, names, sections = (text.split(",") for text in (options.kernels, options.machines, options.only))
+    machines: dict[str, Machine] = {}
+    block: bench_block.Results | None = None
     try:
-        for word in [*(k for k in kernels if k not in KERNELS), *(n for n in names if n not in MACHINES)]:
-            raise ConfigError(f"no kernel or machine {word}")
-        counts = options.copies.split(",")
-        words = [["-t", f"{options.seconds:g}", "-c", copies, *kernels] for copies in counts]
-        machines: dict[str, Machine] = {}
-        if "native" in names:
-            machines["native"] = run_native(products.program("bench"), words)
-        if "qemu" in names and shutil.which(QEMU):
-            tcg = Launcher((QEMU, "-accel", "tcg,thread=multi"))
-            machines["qemu"] = run_guest("qemu", tcg, words, options.passes)
-        elif "qemu" in names:
-            say(f"{QEMU} is not installed; its columns stay empty")
-        if "atoll" in names:
-            machines["atoll"] = run_guest("atoll", Launcher.parse(options.launcher), words, options.passes)
+        for given, known in ((kernels, KERNELS), (names, MACHINES), (sections, SECTIONS)):
+            for word in given:
+                if word not in known:
+                    raise ConfigError(f"no kernel, machine or section {word}")
+        if "guests" in sections:
+            machines = run_guests(options, kernels, names)
+        if "block" in sections:
+            block = bench_block.run(bench_block.Plan(), say)
     except AtollError as error:
         print(f"bench: {error}", file=sys.stderr)
         return error.exit_status
-    if "native" in machines:
-        for machine in machines.values():
-            machine.failures += wrong_results(machines["native"], machine)
+    found = as_json(machines)
+    failures = [f"{TITLES[name]}: {text}" for name, each in machines.items() for text in each.failures]
+    texts = [tables(machines, kernels)] if machines else []
+    if block is not None:
+        found["block"] = bench_block.as_json(block)
+        failures += block.failures
+        texts.append(bench_block.report(block))
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(as_json(machines), indent=1) + "\n")
+    options.json.write_text(json.dumps(found, indent=1) + "\n")
     seconds = time.monotonic() - begun
     print(f"\n{_cpu_model()}, {os.cpu_count()} CPUs; {seconds:.0f} s; JSON: {options.json}\n")
-    print(tables(machines, kernels))
-    for name, machine in machines.items():
-        for text in machine.failures:
-            print(f"[bench] FAILED: {TITLES[name]}: {text}")
-    return 1 if any(machine.failures for machine in machines.values()) else 0
+    print("\n\n".join(texts))
+    for text in failures:
+        print(f"[bench] FAILED: {text}")
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
