@@ -103,8 +103,9 @@ class Tracker:
         if not MIN_GRANULARITY_BITS <= bitmap.granularity_bits <= MAX_GRANULARITY_BITS:
             return False
         bits = bitmap.bits_for(header.size)
+        per_cluster = header.cluster_size * 8
         # the table is longer between the two steps of a change of size
-        return -(-bits // (header.cluster_size * 8)) <= bitmap.table_size and bits <= MOST_BITS
+        return -(-bits // per_cluster) <= bitmap.table_size < MOST_BITS // per_cluster + 2
 
     def live(self, name: str) -> npt.NDArray[np.bool_] | None:
         """The bits of a bitmap since the first write; None before it, when those in the file are true."""

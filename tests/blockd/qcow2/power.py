@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from blockd.batch import Batch, Direct
 from blockd.hostfile import HostFile
+from blockd.qcow2.image import Qcow2Image
 
 SECTOR = 512
 
@@ -93,6 +95,35 @@ class _LoggedFile(HostFile):
             self._log.postponed = entry
         elif not self._log.deaf & {"*", caller}:
             self._log.add(entry)
+
+
+class LoggedImage(Qcow2Image):
+    """An image whose short way for plain requests is logged, too."""
+
+    def __init__(self, file: str, log: PowerLog) -> None:
+        self._log = log
+        super().__init__(file, open_file=log.open)
+
+    def direct(self) -> Direct | None:
+        inner = super().direct()
+        return None if inner is None else _LoggedDirect(self, inner, self._log)
+
+
+class _LoggedDirect:
+    def __init__(self, image: Qcow2Image, inner: Direct, log: PowerLog) -> None:
+        self._image, self._inner, self._log = image, inner, log
+
+    def serve(self, batch: Batch) -> None:
+        self._inner.serve(batch)
+        data, c, segment = self._image.data, batch.c, 0
+        for number in range(c.done):
+            for _ in range(c.requests[number].segments):
+                where = c.segments[segment]
+                segment += 1
+                if c.requests[number].writes:
+                    # read back: nobody else writes there, and what was sent twice is there the last time
+                    content = data.read(where.host, where.length)
+                    self._log.add(Entry("write", Path(data.file).name, where.host, content))
 
 
 def _apply(data: bytearray, entry: Entry, rnd: random.Random | None) -> None:
