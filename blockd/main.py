@@ -17,12 +17,12 @@ import zmq
 from blockd.lease.record import Owner
 from blockd.nbd.handshake import Terms
 from blockd.nbd.listen import LOOPBACK
-from blockd.nbd.tls import server_context
 from blockd.service import Service
 from coordinator.contract import config, messages
 from coordinator.contract.errors import AtollError, UsageError
 from coordinator.contract.island import Control, enter
 from coordinator.contract.nbd import absolute_name
+from coordinator.contract.tls import server_context
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable
 
 from blockd.nbd.replies import Replies, Request, Violation
-from blockd.nbd.tls import client_context
 from blockd.nbd.unflushed import Unflushed
 from blockd.nbd.uri import Address
 from blockd.nbd.wire import Lost, Wire
@@ -37,6 +36,7 @@ from coordinator.contract.nbd_handshake import (
     TryAgain,
     Wanted,
 )
+from coordinator.contract.tls import client_context
 
 log = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from blockd.nbd.command import Settings
 from blockd.nbd.handshake import Terms
 from blockd.nbd.listen import Listener
 from blockd.nbd.server import Limits
-from blockd.nbd.tls import server_context
 from blockd.service import Service
 from coordinator.contract.errors import BlockError
+from coordinator.contract.tls import server_context
 
 log = logging.getLogger(__name__)
 

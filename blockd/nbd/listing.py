@@ -13,7 +13,6 @@ import time
 from dataclasses import dataclass, field
 
 from blockd.nbd.command import Settings
-from blockd.nbd.tls import client_context
 from coordinator.contract.errors import BlockError
 from coordinator.contract.nbd import (
     INFO_BLOCK_SIZE,
@@ -27,6 +26,7 @@ from coordinator.contract.nbd import (
     TransmissionFlag,
 )
 from coordinator.contract.nbd_handshake import ClientHandshake, Secure, TryAgain, printable
+from coordinator.contract.tls import client_context
 
 #: the whole listing must have been told by then
 SECONDS = 30.0

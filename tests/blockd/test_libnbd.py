@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from blockd.nbd.handshake import Terms
-from blockd.nbd.tls import server_context
 from coordinator.contract.config import Export, Media
+from coordinator.contract.tls import server_context
 from tests.blockd.conftest import PORTS, Serve, make_image
 from tests.support.certificates import Certificates
 from tests.support.tools import require_tool, run_tool

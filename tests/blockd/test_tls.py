@@ -16,9 +16,9 @@ import pytest
 
 from blockd.nbd.handshake import Terms
 from blockd.nbd.server import Limits
-from blockd.nbd.tls import server_context
 from coordinator.contract.config import Export
 from coordinator.contract.errors import BlockError
+from coordinator.contract.tls import server_context
 from tests.blockd.conftest import PORTS, SERVICES, Serve, make_image
 from tests.support.certificates import Certificates
 from tests.support.nbd_wire import IHAVEOPT, WireClient

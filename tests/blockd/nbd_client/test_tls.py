@@ -12,9 +12,9 @@ import pytest
 
 from blockd.nbd.handshake import Terms
 from blockd.nbd.remote import NbdImage
-from blockd.nbd.tls import server_context
 from coordinator.contract.config import Export
 from coordinator.contract.errors import BlockError
+from coordinator.contract.tls import server_context
 from tests.blockd.conftest import PORTS, Serve, make_image
 from tests.blockd.nbd_client.conftest import Foreign, Start
 from tests.blockd.nbd_client.script import MIB, name, negotiate, read

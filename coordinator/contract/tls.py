@@ -1,4 +1,4 @@
-"""TLS for NBD: credentials in a folder laid out as QEMU's tls-creds-x509 wants it.
+"""TLS for NBD and migration: credentials in a folder laid out as QEMU's tls-creds-x509 wants it.
 
     ca-cert.pem                      whom to trust
     ca-crl.pem                       certificates that are not to be trusted any more; may be missing
