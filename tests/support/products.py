@@ -20,6 +20,7 @@ from tests.support import cpio, iso, modules
 
 GUESTS = Path(__file__).resolve().parent.parent / "guests"
 CD_MODULES = ("ata_piix", "sr_mod")
+DISK_MODULES = ("sd_mod",)
 PAYLOAD_BYTES = 64 << 20
 KEEP = 4  # of each product, the newest
 
@@ -91,7 +92,7 @@ def _compiled(name: str, flags: tuple[str, ...]) -> Path:
 
 @cache
 def initramfs() -> Path:
-    """busybox, the CD modules, our own programs and tests/guests/init, as the kernel wants it."""
+    """busybox, the modules of CD and disks, our own programs and tests/guests/init, as the kernel wants it."""
     builder = source(Path(cpio.__file__), Path(modules.__file__), Path(__file__), GUESTS / "init")
     programs = {"busybox": pieces.busybox(), "bench": program("bench"), "port": program("port")}
 
@@ -103,10 +104,14 @@ def initramfs() -> Path:
         for name, file in programs.items():
             archive.file(f"bin/{name}", file.read_bytes(), 0o755)
         archive.symlink("bin/sh", "busybox")
-        ordered = modules.load_order(pieces.modules_dir(), CD_MODULES)
-        for name, elf in ordered:
-            archive.file(f"modules/{name}.ko", elf)
-        archive.file("modules/order", "".join(f"{name}\n" for name, _ in ordered).encode())
+        packed: set[str] = set()
+        for file, wanted in (("order", CD_MODULES), ("disk", DISK_MODULES)):
+            ordered = modules.load_order(pieces.modules_dir(), wanted)
+            ordered = [(name, elf) for name, elf in ordered if name not in packed]
+            for name, elf in ordered:
+                archive.file(f"modules/{name}.ko", elf)
+            archive.file(f"modules/{file}", "".join(f"{name}\n" for name, _ in ordered).encode())
+            packed.update(name for name, _ in ordered)
         archive.file("init", (GUESTS / "init").read_bytes(), 0o755)
         path.write_bytes(gzip.compress(archive.finish(), compresslevel=6, mtime=0))
 
