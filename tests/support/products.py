@@ -92,7 +92,7 @@ def _compiled(name: str, flags: tuple[str, ...]) -> Path:
 
 @cache
 def initramfs() -> Path:
-    """busybox, the modules of CD and disks, our own programs and tests/guests/init, as the kernel wants it."""
+    """busybox, modules for CD and disks, our own programs and tests/guests/init, as the kernel wants it."""
     builder = source(Path(cpio.__file__), Path(modules.__file__), Path(__file__), GUESTS / "init")
     programs = {"busybox": pieces.busybox(), "bench": program("bench"), "port": program("port")}
 
@@ -105,12 +105,12 @@ def initramfs() -> Path:
             archive.file(f"bin/{name}", file.read_bytes(), 0o755)
         archive.symlink("bin/sh", "busybox")
         packed: set[str] = set()
-        for file, wanted in (("order", CD_MODULES), ("disk", DISK_MODULES)):
+        for listed, wanted in (("order", CD_MODULES), ("disk", DISK_MODULES)):
             ordered = modules.load_order(pieces.modules_dir(), wanted)
             ordered = [(name, elf) for name, elf in ordered if name not in packed]
             for name, elf in ordered:
                 archive.file(f"modules/{name}.ko", elf)
-            archive.file(f"modules/{file}", "".join(f"{name}\n" for name, _ in ordered).encode())
+            archive.file(f"modules/{listed}", "".join(f"{name}\n" for name, _ in ordered).encode())
             packed.update(name for name, _ in ordered)
         archive.file("init", (GUESTS / "init").read_bytes(), 0o755)
         path.write_bytes(gzip.compress(archive.finish(), compresslevel=6, mtime=0))

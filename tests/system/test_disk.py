@@ -44,7 +44,8 @@ def test_linux_writes_to_qcow2(launcher: Launcher, tmp_path: Path) -> None:
     options = [*boots.kernel_options("atoll.demo=disk"), "-no-reboot"]
     for index, (disk, how) in enumerate(OVERLAYS.items()):
         file = str(tmp_path / f"{disk}.qcow2")
-        run_tool("qemu-img", "create", "-q", "-f", "qcow2", "-o", how, "-b", "base.qcow2", "-F", "qcow2", file)
+        below = "-b", "base.qcow2", "-F", "qcow2"
+        run_tool("qemu-img", "create", "-q", "-f", "qcow2", "-o", how, *below, file)
         options += ["-drive", f"file={file},format=qcow2,if=ide,index={index},discard=unmap,aio=threads"]
     with boots.start(launcher, tmp_path, options) as guest:
         facts = boots.finish(guest)
