@@ -1,58 +1,21 @@
-"""What guests are made of, built once and kept in the user's cache folder.
-
-A product is a file named by the digest of all that went into it, so that a change of the kernel
-package, of a guest program or of the builder gives another file, and nothing is ever stale.
-"""
+"""What the guests of the tests are made of (coordinator/lab/product.py keeps them)."""
 
 import gzip
 import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
 from coordinator import pieces
-from coordinator.contract.errors import ConfigError
-from tests.support import cpio, iso, modules
+from coordinator.lab import cpio, modules
+from coordinator.lab.product import STATIC_FLAGS, compiled, product, source
+from tests.support import iso
 
 GUESTS = Path(__file__).resolve().parent.parent / "guests"
 CD_MODULES = ("ata_piix", "sr_mod")
 DISK_MODULES = ("sd_mod",)
 PAYLOAD_BYTES = 64 << 20
-KEEP = 4  # of each product, the newest
 
 
-def product(name: str, inputs: Sequence[bytes | str], build: Callable[[Path], None]) -> Path:
-    """The file `name` with the given inputs; calls `build` with a path to write if it is not there."""
-    digest = hashlib.sha256()
-    for item in inputs:
-        data = item.encode() if isinstance(item, str) else item
-        digest.update(len(data).to_bytes(8, "little") + data)
-    stem, _, suffix = name.partition(".")
-    folder = pieces.cache_dir() / "guests"
-    path = folder / ".".join(filter(None, (f"{stem}-{digest.hexdigest()[:16]}", suffix)))
-    if path.exists():
-        os.utime(path)
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{stem}-", dir=folder) as scratch:
-        build(Path(scratch) / name)
-        (Path(scratch) / name).replace(path)
-    versions = [old for old in folder.glob(f"{stem}-{'[0-9a-f]' * 16}{path.suffix}") if old != path]
-    for old in sorted(versions, key=lambda old: old.stat().st_mtime)[: -(KEEP - 1)]:
-        old.unlink(missing_ok=True)
-    return path
-
-
-def source(*paths: Path) -> list[bytes]:
-    """The contents of source files, as inputs of a product."""
-    return [path.read_bytes() for path in paths]
-
-
-COMMON_FLAGS = ("-O2", "-std=gnu11", "-static", "-Wall", "-Wextra", "-Werror")
 BARE_FLAGS = (
     "-m32", "-ffreestanding", "-nostdlib", "-fno-pie", "-no-pie", "-mgeneral-regs-only",
     "-fno-stack-protector",
@@ -63,31 +26,17 @@ BARE_FLAGS = (
 
 def program(name: str) -> Path:
     """The static program built from the C files of tests/guests/NAME; runs here and in guests."""
-    return _compiled(name, (*COMMON_FLAGS, "-march=x86-64"))
+    return _compiled(name, (*STATIC_FLAGS, "-march=x86-64"))
 
 
 def bare(name: str) -> Path:
     """The multiboot kernel built from the C files of tests/guests/NAME."""
-    return _compiled(name, (*COMMON_FLAGS, *BARE_FLAGS))
+    return _compiled(name, (*STATIC_FLAGS, *BARE_FLAGS))
 
 
 @cache
 def _compiled(name: str, flags: tuple[str, ...]) -> Path:
-    files = sorted((GUESTS / name).glob("*.[ch]"))
-    compiler = os.environ.get("CC", "gcc")
-    if shutil.which(compiler) is None:
-        raise ConfigError(f"{compiler} not found: run `make setup`")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-
-    def build(path: Path) -> None:
-        units = [str(file) for file in files if file.suffix == ".c"]
-        result = subprocess.run(
-            [compiler, *flags, "-o", str(path), *units], capture_output=True, text=True, check=False
-        )
-        if result.returncode != 0:
-            raise ConfigError(f"cannot compile tests/guests/{name}:\n{result.stderr}")
-
-    return product(name, [version, *flags, *source(*files)], build)
+    return compiled(name, GUESTS / name, flags)
 
 
 @cache

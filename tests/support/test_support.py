@@ -10,7 +10,8 @@ import pycdlib
 import pytest
 
 from coordinator import pieces
-from tests.support import cpio, iso, modules, products
+from coordinator.lab import cpio, modules, product
+from tests.support import iso, products
 from tests.support.launch import Guest, GuestError, Launcher
 
 
@@ -111,7 +112,7 @@ def test_product_is_built_once_and_named_by_its_inputs(
     assert products.product("thing.bin", ["ab", b""], build) != first
     for number in range(10):
         last = products.product("thing.bin", [str(number)], build)
-    assert last in (kept := list(last.parent.iterdir())) and len(kept) == products.KEEP
+    assert last in (kept := list(last.parent.iterdir())) and len(kept) == product.KEEP
 
 
 def test_guest_that_ends_or_hangs_is_told(tmp_path: Path) -> None:

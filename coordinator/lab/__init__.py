@@ -1,0 +1,1 @@
+"""The laboratory: migrations by the hundred, measured. See docs/lab.md."""
