@@ -16,7 +16,7 @@ import msgspec
 
 from blockd.hostfile import open_file
 from blockd.lease import host
-from blockd.lease.judge import decision_of, decision_path, held, obstacle, refusal, respect_slot
+from blockd.lease.judge import abandoned, decision_of, decision_path, held, obstacle, refusal, respect_slot
 from blockd.lease.record import Owner, Record, encode
 from blockd.lease.slot import Found, Raced, Slot
 from blockd.locks import lock_image
@@ -96,14 +96,19 @@ class Lease:
 
     def change(self, **fields: Any) -> None:
         """Another state under the same token. OSError: it is what it was; PermissionError: it is lost."""
-        record = msgspec.structs.replace(self.record, serial=self.record.serial + 1, **fields)
         for _ in range(TRIES):
             self.check()
-            seen = tuple(found for found in self.slot.look() if found.serial <= self.record.serial)
+            seen = self.slot.look()
+            claims = [found.record for found in seen if found.serial > self.record.serial]
+            if any(claim is None or not abandoned(claim, locked=False) for claim in claims):
+                continue  # it will be taken back, or made good
+            if self.record not in [found.record for found in seen]:
+                continue
+            record = msgspec.structs.replace(self.record, serial=seen[-1].serial + 1, **fields)
             try:
                 self.slot.advance(seen, record)
             except Raced:
-                continue  # another's claim, which will be taken back or has been made good
+                continue
             self.record = record
             old, self._fd = self._fd, self._open()
             os.close(old)

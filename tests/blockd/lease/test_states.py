@@ -1,4 +1,4 @@
-"""Any sequence of starts, ends, kills, reboots and messages that are lost, doubled or late: never two write."""
+"""Any sequence of starts, ends, kills, reboots and of messages lost, doubled or late: never two writers."""
 
 from __future__ import annotations
 
@@ -12,16 +12,25 @@ from typing import Any
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from blockd.lease.slot import Slot
 from coordinator.contract.errors import BlockError
-from tests.blockd.lease.support import AWAIT, BREAK, TAKE, Actor, Killed, World, litter, make_files, top
+from tests.blockd.lease.support import AWAIT, BREAK, TAKE, Actor, Killed, World, litter, make_files
 
 #: before which file operation the process is killed
-KILL = st.none() | st.integers(0, 60)
+KILL = st.one_of(st.none(), st.none(), st.none(), st.integers(0, 60))
 WHICH = st.integers(0, 5)
-TRANSFERS = st.sampled_from(["T1", "T2", "T3"])
-EPOCHS = st.none() | st.integers(1, 4)
+TRANSFERS = st.sampled_from(["T1", "T2"])
+EPOCHS = st.one_of(st.none(), st.none(), st.integers(1, 4))
+
+
+def some_live(machine: Hosts) -> bool:
+    return any(actor.alive for actor in machine.world.actors)
+
+
+def one_writes(machine: Hosts) -> bool:
+    return bool(machine.world.writers("a"))
 
 
 class Hosts(RuleBasedStateMachine):
@@ -46,9 +55,9 @@ class Hosts(RuleBasedStateMachine):
         except (BlockError, Killed):
             return None
 
-    def alive(self, which: int) -> Actor | None:
+    def alive(self, which: int) -> Actor:
         actors = [actor for actor in self.world.actors if actor.alive]
-        return actors[which % len(actors)] if actors else None
+        return actors[which % len(actors)]
 
     # ---- machines --------------------------------------------------------------------------------
     @rule(host=st.sampled_from(["one", "two"]), policy=st.sampled_from([TAKE, TAKE, BREAK]), kill=KILL)
@@ -61,53 +70,58 @@ class Hosts(RuleBasedStateMachine):
         actor = Actor(self.world, host)
         self.attempt(actor, lambda: actor.open(self.files, AWAIT), None)
 
+    @precondition(some_live)
     @rule(which=WHICH)
     def kill(self, which: int) -> None:
-        if actor := self.alive(which):
-            actor.kill()
+        actor = self.alive(which)
+        actor.kill()
 
+    @precondition(some_live)
     @rule(which=WHICH, kill=KILL)
     def quit(self, which: int, kill: int | None) -> None:
-        if actor := self.alive(which):
-            self.attempt(actor, actor.exports.close_all, kill)
-            if actor.alive:
-                actor.kill()
+        actor = self.alive(which)
+        self.attempt(actor, actor.exports.close_all, kill)
+        if actor.alive:
+            actor.kill()
 
     @rule(host=st.sampled_from(["one", "two"]))
     def reboot(self, host: str) -> None:
         self.world.reboot(host)
 
     # ---- messages, in any order and number ---------------------------------------------------------
+    @precondition(some_live)
     @rule(which=WHICH, transfer=TRANSFERS, kill=KILL)
     def prepare(self, which: int, transfer: str, kill: int | None) -> None:
-        if actor := self.alive(which):
-            answer = self.attempt(actor, lambda: actor.source.prepare(transfer), kill)
-            if answer is not None:
-                self.epochs[transfer] = answer["epoch"]
+        actor = self.alive(which)
+        answer = self.attempt(actor, lambda: actor.source.prepare(transfer), kill)
+        if answer is not None:
+            self.epochs[transfer] = answer["epoch"]
 
+    @precondition(some_live)
     @rule(which=WHICH, transfer=TRANSFERS, epoch=EPOCHS, kill=KILL)
     def release(self, which: int, transfer: str, epoch: int | None, kill: int | None) -> None:
-        if actor := self.alive(which):
-            named = epoch or self.epochs.get(transfer, 1)
-            self.attempt(actor, lambda: actor.source.release(transfer, named), kill)
+        actor = self.alive(which)
+        named = epoch or self.epochs.get(transfer, 1)
+        self.attempt(actor, lambda: actor.source.release(transfer, named), kill)
 
+    @precondition(some_live)
     @rule(which=WHICH, transfer=TRANSFERS, kill=KILL)
     def abort(self, which: int, transfer: str, kill: int | None) -> None:
-        if actor := self.alive(which):
-            self.attempt(actor, lambda: actor.source.abort(transfer), kill)
+        actor = self.alive(which)
+        self.attempt(actor, lambda: actor.source.abort(transfer), kill)
 
+    @precondition(some_live)
     @rule(which=WHICH, transfer=TRANSFERS, epoch=EPOCHS, kill=KILL)
     def grant(self, which: int, transfer: str, epoch: int | None, kill: int | None) -> None:
-        if actor := self.alive(which):
-            named = epoch or self.epochs.get(transfer, 1)
-            self.attempt(actor, lambda: actor.destination.grant(transfer, named), kill)
+        actor = self.alive(which)
+        named = epoch or self.epochs.get(transfer, 1)
+        self.attempt(actor, lambda: actor.destination.grant(transfer, named), kill)
 
+    @precondition(one_writes)
     @rule(host=st.sampled_from(["one", "two"]), transfer=TRANSFERS, kill=KILL)
     def migrate(self, host: str, transfer: str, kill: int | None) -> None:
         """The way it should go, which single messages seldom find; killed somewhere on it."""
-        source = next((actor for actor in self.world.actors if actor.alive and actor.writes("a")), None)
-        if source is None:
-            return
+        (source,) = self.world.writers("a")
         target = Actor(self.world, host)
         self.attempt(target, lambda: target.open(self.files, AWAIT), None)
         answer = self.attempt(source, lambda: source.source.prepare(transfer), None)
@@ -124,7 +138,8 @@ class Hosts(RuleBasedStateMachine):
             assert len(writers) <= 1, "two writers"
             for writer in writers:
                 lease = writer.exports.leases[name]
-                assert lease is not None and top(file) == lease.record
+                # a claim that was not made good may lie above it
+                assert lease is not None and lease.record in [found.record for found in Slot(file).look()]
 
     def teardown(self) -> None:
         """Whatever has happened, the user can have the images back, and nothing is left beside them."""
@@ -141,4 +156,4 @@ class Hosts(RuleBasedStateMachine):
 
 
 TestHosts = Hosts.TestCase
-TestHosts.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestHosts.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)

@@ -209,6 +209,26 @@ def test_images_in_several_folders_reached_by_other_paths(world: World, tmp_path
     assert world.writers("a") == world.writers("b") == [target]
 
 
+def test_a_claim_of_one_who_died_over_it_hinders_nobody(world: World, tmp_path: Path) -> None:
+    """Killed between making its record and removing that of the living."""
+    world.locking = "local"
+    for moment in range(1000):
+        place = tmp_path / str(moment)
+        place.mkdir()
+        pair = Pair(world, place)
+        thief = Actor(world, "one")
+        world.locking = "none"
+        with pytest.raises(Killed):
+            thief.do(partial(thief.open, pair.files, BREAK), kill_before=moment)
+        world.locking = "local"
+        if len(list(place.glob("a*.lease-*"))) == 2:
+            break
+    assert pair.writers() == [pair.source]
+    pair.prepare(), pair.release(), pair.grant()
+    assert pair.writers() == [pair.target]
+    assert litter(place) == ["a disk.img.lease-4", "b disk.img.lease-3"]
+
+
 # ---- death ------------------------------------------------------------------------------------------------
 Step = Callable[[Pair], Any]
 
