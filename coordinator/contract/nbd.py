@@ -216,7 +216,7 @@ def host_errno(error: int) -> int:
 
 
 # ---- names ---------------------------------------------------------------------------------------------
-#: "The NBD Uniform Resource Indicator (URI) format", schemes; and QEMU's older nbd:HOST:PORT and nbd:unix:PATH
+#: "The NBD Uniform Resource Indicator (URI) format", schemes; QEMU's older nbd:HOST:PORT and nbd:unix:PATH
 _NETWORK_NAME = re.compile(r"nbds?(\+[a-z]+)?:", re.IGNORECASE)
 
 

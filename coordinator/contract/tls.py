@@ -24,6 +24,7 @@ def server_context(folder: str, verify_peer: bool = True) -> ssl.SSLContext:
     BlockError in one line when something is missing or does not fit."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.num_tickets = 0  # nobody comes back by one, and a silent connection stays silent
     _load_own(context, folder, "server")
     if verify_peer:
         context.verify_mode = ssl.CERT_REQUIRED

@@ -9,13 +9,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import logging
 import os
 import socket
+import ssl
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 from coordinator.contract.errors import MigrationError
 from coordinator.migrate.uri import Uri
+
+log = logging.getLogger(__name__)
 
 TOKEN = 32
 #: bytes that the kernel is asked to hold for one connection and direction
@@ -25,6 +30,22 @@ SILENCE = 20
 #: how long a connection may take to come about, seconds
 CONNECT_SECONDS = 10.0
 PATH_SUFFIX = ".ram"
+
+
+@dataclass(frozen=True)
+class Tls:
+    """``hostname`` is what the target's certificate must be for."""
+
+    context: ssl.SSLContext
+    hostname: str | None = None
+
+
+def _reason(error: OSError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"TLS: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS: {(error.reason or 'failed').replace('_', ' ').lower()}"
+    return error.strerror or str(error)
 
 
 def _prepare(sock: socket.socket) -> None:
@@ -38,7 +59,7 @@ def _prepare(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE * 1000)
 
 
-def _connect(uri: Uri, port: int, path: str, token: bytes) -> socket.socket:
+def _connect(uri: Uri, port: int, path: str, token: bytes, tls: Tls | None) -> socket.socket:
     try:
         if uri.kind == "tcp":
             sock = socket.create_connection((uri.host, port), CONNECT_SECONDS)
@@ -49,17 +70,25 @@ def _connect(uri: Uri, port: int, path: str, token: bytes) -> socket.socket:
     except OSError as error:
         raise MigrationError(f"{uri}: guest memory: {error.strerror or error}") from None
     _prepare(sock)
-    sock.sendall(token)
+    try:
+        if tls is not None:
+            sock = tls.context.wrap_socket(sock, server_hostname=tls.hostname)
+        sock.sendall(token)
+    except OSError as error:
+        sock.close()
+        raise MigrationError(f"{uri}: guest memory: {_reason(error)}") from None
     sock.settimeout(None)
     return sock
 
 
-async def connect(uri: Uri, port: int, path: str, token: bytes, count: int) -> list[socket.socket]:
+async def connect(
+    uri: Uri, port: int, path: str, token: bytes, count: int, tls: Tls | None
+) -> list[socket.socket]:
     """``count`` connections to where the target listens for them; blocking sockets, for threads."""
     socks: list[socket.socket] = []
     try:
         for _ in range(count):
-            socks.append(await asyncio.to_thread(_connect, uri, port, path, token))
+            socks.append(await asyncio.to_thread(_connect, uri, port, path, token, tls))
     except BaseException:
         close(socks)
         raise
@@ -89,31 +118,39 @@ class Door:
             raise MigrationError(f"{uri}: guest memory: cannot listen: {error.strerror}") from None
         self._listener.setblocking(False)
 
-    async def admit(self, count: int) -> list[socket.socket]:
+    async def admit(self, count: int, tls: Tls | None) -> list[socket.socket]:
         """As many connections as were announced, each with the token; others are closed."""
         loop = asyncio.get_running_loop()
         socks: list[socket.socket] = []
         try:
             while len(socks) < count:
-                sock, _ = await loop.sock_accept(self._listener)
-                sock.setblocking(False)
-                given = b""
-                with contextlib.suppress(OSError, TimeoutError):
-                    async with asyncio.timeout(CONNECT_SECONDS):
-                        while len(given) < TOKEN and (
-                            piece := await loop.sock_recv(sock, TOKEN - len(given))
-                        ):
-                            given += piece
-                if not hmac.compare_digest(given, self.token):
-                    sock.close()
-                    continue
-                sock.setblocking(True)
-                _prepare(sock)
-                socks.append(sock)
+                plain, _ = await loop.sock_accept(self._listener)
+                sock = await asyncio.to_thread(self._greet, plain, tls)
+                if sock is not None:
+                    socks.append(sock)
         except BaseException:
             close(socks)
             raise
         return socks
+
+    def _greet(self, plain: socket.socket, tls: Tls | None) -> socket.socket | None:
+        """The connection, if whoever made it may."""
+        sock = plain
+        try:
+            plain.settimeout(CONNECT_SECONDS)
+            _prepare(plain)
+            if tls is not None:
+                sock = tls.context.wrap_socket(plain, server_side=True)
+            given = b""
+            while len(given) < TOKEN and (piece := sock.recv(TOKEN - len(given))):
+                given += piece
+            if hmac.compare_digest(given, self.token):
+                sock.settimeout(None)
+                return sock
+        except OSError as error:
+            log.warning("migration: a connection was turned away: %s", _reason(error))
+        sock.close()
+        return None
 
     def close(self) -> None:
         self._listener.close()
@@ -139,7 +176,7 @@ def cut(socks: Sequence[socket.socket]) -> None:
     """End the connections under whoever works with them."""
     for sock in socks:
         with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)  # an SSLSocket's own would go on in plain
 
 
 def close(socks: Sequence[socket.socket]) -> None:

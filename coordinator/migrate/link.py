@@ -73,9 +73,8 @@ class Dialer:
             if not coming.done():
                 coming.cancel()
                 place = keys.folder() / "key.pub"
-                raise MigrationError(
-                    f"{self.uri}: does not know our key; copy {place} to its peers folder, named after this host"
-                )
+                text = f"copy {place} to its peers folder, named after this host"
+                raise MigrationError(f"{self.uri}: does not know our key; {text}")
             with contextlib.suppress(MessageError):
                 message = messages.of_target.decode(coming.result())
                 if message.transfer == transfer:
@@ -102,8 +101,9 @@ class Listener:
         """MigrationError when nobody can listen there, or everybody could come."""
         others = keys.peers()
         if not uri.local and not others and not uri.insecure:
+            place = keys.folder() / "peers"
             raise MigrationError(
-                f"{uri}: other hosts could reach it, and no key of one is in {keys.folder() / 'peers'}; put one there, "
+                f"{uri}: other hosts could reach it, and no key of one is in {place}; put one there, "
                 "or say insecure=on"
             )
         pair = keys.own()

@@ -52,7 +52,8 @@ class Manager:
             self._run(status, self._source.run())
 
     def incoming(self, where: str) -> None:
-        """Wait for the machine (-incoming, migrate-incoming); ConfigError or MigrationError when that cannot be."""
+        """Wait for the machine (-incoming, migrate-incoming); ConfigError or MigrationError when that cannot
+        be."""
         if where == DEFER:
             return
         place = uri.parse(where, "incoming")
@@ -79,8 +80,8 @@ class Manager:
             self._task.cancel()
 
     def recover(self, where: str) -> None:
-        """On a target that waits for its source's word: listen at another address, or take the word from the source's
-        record (file:PATH)."""
+        """On a target that waits for its source's word: listen at another address, or take the word from the
+        source's record (file:PATH)."""
         if self._target is None or not self._target.in_doubt or self._idle:
             raise ConfigError("migrate-recover: there is no migration that waits for its source")
         place = uri.parse(where, "migrate-recover")

@@ -30,6 +30,11 @@ class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename
     stopped_time: Literal["stands", "passes"] = "stands"
     x_fault: str = ""
 
+    @property
+    def zstd_level(self) -> int:
+        """0 without compression."""
+        return self.multifd_zstd_level if self.multifd_compression == "zstd" else 0
+
     def as_dict(self) -> dict[str, Any]:
         """For query-migrate-parameters."""
         result: dict[str, Any] = msgspec.to_builtins(self)

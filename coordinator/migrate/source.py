@@ -17,20 +17,22 @@ from functools import partial
 from typing import TypeVar
 
 from coordinator.contract.errors import AtollError, MigrationError
+from coordinator.contract.tls import client_context
 from coordinator.machine import Frozen, Vm
-from coordinator.migrate import channel, decision, describe, messages, ram, stream
+from coordinator.migrate import channel, decision, describe, messages, pump, ram, stream
 from coordinator.migrate.capture import MachineState, capture
 from coordinator.migrate.faults import Fault
 from coordinator.migrate.link import Dialer
 from coordinator.migrate.parameters import Parameters
+from coordinator.migrate.pump import Wire
 from coordinator.migrate.status import Status
 from coordinator.migrate.stream import Part
 from coordinator.migrate.uri import Uri
 
 #: how long the target may take to answer an offer, seconds: it compares, and reads samples of its media
 ANSWER_SECONDS = 30.0
-#: how often a target that has not answered is told again that it may run, and for how long one that was given up is
-#: told to end, seconds
+#: how often a target that has not answered is told again that it may run, and for how long one that was
+#: given up is told to end, seconds
 REMIND_SECONDS, FAREWELL_SECONDS = 0.5, 10.0
 
 
@@ -74,6 +76,12 @@ class Source:
         self.status.phase = name
         await self._fault.at(name, self._cut)
 
+    def _tls(self) -> channel.Tls | None:
+        """For connecting, where the user gave credentials."""
+        folder = self.parameters.tls_creds
+        name = self.parameters.tls_hostname or self.uri.host or "localhost"
+        return channel.Tls(client_context(folder, name), name) if folder else None
+
     def _cut(self) -> None:
         channel.cut(self._socks)
 
@@ -98,7 +106,12 @@ class Source:
         except TimeoutError:
             raise MigrationError(f"{self.uri}: nobody answers") from None
         self._socks = await channel.connect(
-            self.uri, answer.port, answer.path, answer.token, self.parameters.multifd_channels
+            self.uri,
+            answer.port,
+            answer.path,
+            answer.token,
+            self.parameters.multifd_channels,
+            self._tls(),
         )
         self._undo.callback(channel.close, self._socks)
         self._lost = asyncio.ensure_future(channel.gone(self._socks[0]))
@@ -132,7 +145,9 @@ class Source:
             sender.cancelled = True
             self._cut()
 
-        jobs = [partial(sender.run, sock.fileno(), str(self.uri)) for sock in self._socks]
+        wire = Wire(self.parameters.zstd_level, bool(self.parameters.tls_creds))
+        peer = str(self.uri)
+        jobs = [partial(pump.send, sock, wire, lambda fd: sender.run(fd, peer)) for sock in self._socks]
         await self._unless_lost(channel.side_by_side(jobs, abandon))
         state = stream.encode(Part.STATE, self._state)
         counts = sender.counts
@@ -147,9 +162,8 @@ class Source:
         answer = await self._unless_lost(self._hear(messages.Verified))
         sent = self._sender.counts
         if (answer.normal, answer.zero) != (sent.normal, sent.zero):
-            raise MigrationError(
-                f"{self.uri}: says that {answer.normal + answer.zero} pages have come, {sent.normal + sent.zero} were sent"
-            )
+            came, went = answer.normal + answer.zero, sent.normal + sent.zero
+            raise MigrationError(f"{self.uri}: says that {came} pages have come, {went} were sent")
 
     async def release(self) -> None:
         """The commit point."""

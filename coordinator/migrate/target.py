@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from coordinator.contract.errors import AtollError, MigrationError
+from coordinator.contract.tls import server_context
 from coordinator.machine import Vm
-from coordinator.migrate import channel, decision, describe, messages, ram, stream
+from coordinator.migrate import channel, decision, describe, messages, pump, ram, stream
 from coordinator.migrate.capture import MachineState, TimeRecord, apply
 from coordinator.migrate.faults import Fault
 from coordinator.migrate.link import Listener
 from coordinator.migrate.parameters import Parameters
+from coordinator.migrate.pump import Wire
 from coordinator.migrate.status import Status
 from coordinator.migrate.stream import Part
 from coordinator.migrate.uri import Uri
@@ -98,6 +100,19 @@ class Target:
     def _wire_fits(self, offer: messages.Offer) -> None:
         if not 1 <= offer.channels <= 16:
             raise MigrationError(f"{offer.channels} connections were offered; 1 to 16 are possible")
+        if offer.compression not in ("none", "zstd"):
+            raise MigrationError(f"the source compresses by {offer.compression!r}; this build knows zstd")
+        if offer.tls != bool(self.parameters.tls_creds):
+            one, other = ("source", "target") if offer.tls else ("target", "source")
+            raise MigrationError(
+                f"the {one} wants TLS and the {other} has no tls-creds: set them on both sides"
+            )
+
+    def _tls(self) -> channel.Tls | None:
+        """For being connected to, where the user gave credentials; the source must have a certificate, too.
+        """
+        folder = self.parameters.tls_creds
+        return channel.Tls(server_context(folder)) if folder else None
 
     async def _receive(self, offer: messages.Offer) -> None:
         """Memory straight into the segment, then the state into the islands."""
@@ -111,7 +126,7 @@ class Target:
             )
             for _ in range(self._fault.copies("target.accept")):
                 await self._link.send(self._accepted)
-            self._socks = await self._unless_aborted(door.admit(offer.channels))
+            self._socks = await self._unless_aborted(door.admit(offer.channels, self._tls()))
         finally:
             door.close()
         self.status.set_up()
@@ -119,15 +134,17 @@ class Target:
         await self._at("receive")
         receiver = self._receiver = ram.Receiver(segment)
         self.status.counts = lambda: receiver.counts
-        jobs = [partial(receiver.run, sock.fileno(), "the source") for sock in self._socks]
+        wire = Wire(int(offer.compression == "zstd"), offer.tls)
+        jobs = [
+            partial(pump.receive, s, wire, lambda fd: receiver.run(fd, "the source")) for s in self._socks
+        ]
         await self._unless_aborted(channel.side_by_side(jobs, lambda: channel.cut(self._socks)))
         message = await self._unless_gone(self._next(messages.State))
         await self._at("load")
         counts = receiver.counts
         if (message.normal, message.zero) != (counts.normal, counts.zero):
-            raise MigrationError(
-                f"{counts.normal + counts.zero} pages have come, the source says {message.normal + message.zero}"
-            )
+            came, went = counts.normal + counts.zero, message.normal + message.zero
+            raise MigrationError(f"{came} pages have come, the source says {went}")
         self._state = stream.decode(message.state, Part.STATE, MachineState, "the source")
         self._time = await apply(self.vm, self._state)
         self.status.drives = list(self._state.drives)
