@@ -56,6 +56,18 @@ def negotiate(
             sock.sendall(option_reply(option, 1 << 31 | 1))
 
 
+def leaving(script: Script) -> Script:
+    """A script whose client may leave at any moment."""
+
+    def run(sock: socket.socket) -> None:
+        try:
+            script(sock)
+        except (OSError, EOFError):
+            pass
+
+    return run
+
+
 class Asked(NamedTuple):
     """A request as it came."""
 

@@ -22,6 +22,7 @@ from tests.blockd.nbd_client.script import (
     done,
     error,
     hole,
+    leaving,
     name,
     negotiate,
     read,
@@ -205,7 +206,7 @@ def told(size: int, *, flags: int = 0x6D, sizes: tuple[int, int, int] | None = N
         negotiate(sock, size, flags, sizes=sizes)
         until_closed(sock)
 
-    return script
+    return leaving(script)
 
 
 def greeting(text: bytes) -> Script:
@@ -213,7 +214,7 @@ def greeting(text: bytes) -> Script:
         sock.sendall(text)
         until_closed(sock)
 
-    return script
+    return leaving(script)
 
 
 def options(*answers: bytes) -> Script:
@@ -227,7 +228,7 @@ def options(*answers: bytes) -> Script:
             sock.sendall(answer)
         until_closed(sock)
 
-    return script
+    return leaving(script)
 
 
 NO = option_reply(8, 1 << 31 | 1)

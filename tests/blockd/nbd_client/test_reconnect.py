@@ -31,6 +31,7 @@ from tests.blockd.nbd_client.script import (
     data,
     done,
     error,
+    leaving,
     name,
     negotiate,
     read,
@@ -165,7 +166,7 @@ def test_the_client_flushes_before_too_much_waits(runtime: Path, monkeypatch: py
     ],
 )
 def test_an_export_that_is_another_one(runtime: Path, second: Script, words: str) -> None:
-    server = WireServer(str(runtime / "s"), Session(0, 1), second)
+    server = WireServer(str(runtime / "s"), Session(0, 1), leaving(second))
     image = NbdImage(name(str(runtime / "s"), reconnect_delay=0))
     with pytest.raises(OSError, match=words) as caught:
         read(image, 0, 512)
