@@ -1,8 +1,13 @@
-"""A drive's block device: one NBD connection to the block daemon, driven by the device host's loop."""
+"""A drive's block device: one NBD connection to the block daemon, driven by the device host's loop.
+
+The daemon closes an export for a while when its lease is about to change hands. A connection that is lost
+with nothing in flight is therefore made again only when there is something to ask.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 
 from coordinator.contract.errors import BlockError
@@ -23,6 +28,8 @@ class NbdBackend:
         self.client = client
         self.completed: Callable[[int, int], None] = lambda cookie, errno: None
         self.settled: Callable[[], None] = lambda: None
+        #: while there is no connection: an eventfd that is rung for each request
+        self._bell: int | None = None
 
     @property
     def size(self) -> int:
@@ -37,13 +44,19 @@ class NbdBackend:
         return self.client.can_flush
 
     def read(self, offset: int, views: Sequence[memoryview]) -> int:
-        return self.client.read(offset, views)
+        return self._asked(self.client.read(offset, views))
 
     def write(self, offset: int, views: Sequence[memoryview]) -> int:
-        return self.client.write(offset, views)
+        return self._asked(self.client.write(offset, views))
 
     def flush(self) -> int:
-        return self.client.flush()
+        return self._asked(self.client.flush())
+
+    def _asked(self, cookie: int) -> int:
+        """Without a connection the loop hears of it by the bell; it never completes in here."""
+        if self._bell is not None:
+            os.eventfd_write(self._bell, 1)
+        return cookie
 
     def cancel(self, cookie: int) -> None:
         """The request touches guest memory no more; its drive ignores the completion."""
@@ -51,7 +64,7 @@ class NbdBackend:
 
     # ---- for the loop ----------------------------------------------------------------------------
     def fileno(self) -> int:
-        return self.client.fileno()
+        return self.client.fileno() if self._bell is None else self._bell
 
     @property
     def wants_write(self) -> bool:
@@ -62,17 +75,39 @@ class NbdBackend:
 
     def on_readable(self) -> None:
         """Deliver completions; a lost connection is made again, and if that cannot be, requests fail."""
+        if self._bell is not None:
+            os.eventfd_read(self._bell)
+            self._come_back()
+            return
         try:
-            done = self.client.on_readable()
+            self._deliver(self.client.on_readable())
         except BlockError as error:
-            log.error("%s; connecting again", error)
-            try:
-                self.client.reconnect(PATIENCE)
-                done = []
-            except BlockError as fatal:
-                log.error("%s", fatal)
-                done = self.client.fail_pending()
-        self._deliver(done)
+            log.info("%s", error)
+            if self.client.pending:
+                self._come_back()
+            else:
+                self._go_away()
+
+    def _come_back(self) -> None:
+        try:
+            self.client.reconnect(PATIENCE)
+        except BlockError as error:
+            log.error("%s", error)
+            done = self.client.fail_pending()
+            self._go_away()
+            self._deliver(done)
+        else:
+            self._close_bell()
+
+    def _go_away(self) -> None:
+        self.client.close()
+        if self._bell is None:
+            self._bell = os.eventfd(0, os.EFD_CLOEXEC)
+
+    def _close_bell(self) -> None:
+        if self._bell is not None:
+            os.close(self._bell)
+            self._bell = None
 
     def _deliver(self, done: list[Completion]) -> None:
         for cookie, errno in done:
@@ -82,3 +117,4 @@ class NbdBackend:
 
     def close(self) -> None:
         self.client.close()
+        self._close_bell()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import select
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from coordinator.contract import messages
 from coordinator.contract.config import Export, LeasePolicy, nbd_socket
 from coordinator.contract.durable import Folder
 from coordinator.contract.errors import BlockError
+from devhost.block_backend import NbdBackend
 from devhost.block_client import BlockClient
 from tests.blockd.lease.support import AWAIT, BREAK, TAKE, litter, make_files, top
 from tests.blockd.qcow2.support import make, qemu_check, qemu_reads
@@ -136,6 +139,42 @@ def test_abort_and_a_client_that_comes_back(daemons: list[Daemon], runtime: Path
     assert read(client, 1024) == b"1" * 512 + b"2" * 512
     daemon.end()
     assert litter(tmp_path) == []
+
+
+def test_the_device_host_sits_out_a_transfer(
+    daemons: list[Daemon], runtime: Path, tmp_path: Path
+) -> None:
+    """Its connection ends while nothing is in flight; the next request makes another, or fails."""
+    file = make_files(tmp_path, "x")["x"]
+    daemon = Daemon(runtime / "s", Export("hd0", file, lease=TAKE))
+    daemons.append(daemon)
+    backend = NbdBackend(connected(daemon.runtime, "hd0"))
+    done: list[tuple[int, int]] = []
+    backend.completed = lambda cookie, number: done.append((cookie, number))
+
+    def until(condition: Callable[[], bool]) -> None:
+        while not condition():
+            assert select.select([backend.fileno()], [], [], SECONDS)[0], "nothing happens"
+            backend.on_readable()
+
+    daemon.ask(messages.PrepareTransfer, transfer="T")
+    until(lambda: not select.select([backend.fileno()], [], [], 0)[0])
+    daemon.ask(messages.AbortTransfer, transfer="T")
+    cookie = backend.write(0, [memoryview(bytearray(b"2" * 512))])
+    assert done == []  # never from inside a request
+    until(lambda: bool(done))
+    assert done == [(cookie, 0)]
+    daemon.ask(messages.PrepareTransfer, transfer="U")
+    until(lambda: not select.select([backend.fileno()], [], [], 0)[0])
+    failing = backend.flush()
+    until(lambda: len(done) == 2)
+    assert done[1] == (failing, errno.EIO)
+    daemon.ask(messages.AbortTransfer, transfer="U")
+    last = backend.flush()
+    until(lambda: len(done) == 3)
+    assert done[2] == (last, 0) and Path(file).read_bytes()[:512] == b"2" * 512
+    backend.close()
+    daemon.end()
 
 
 def test_a_daemon_is_refused_and_says_why(daemons: list[Daemon], runtime: Path, tmp_path: Path) -> None:
