@@ -64,7 +64,8 @@ def resolve(image: str, name: str, allowed: tuple[str, ...], what: str = "backin
     if is_network_name(path):
         export = uri.allowed_by(path, allowed)
         if export is None:
-            text = f"{image}: {what} {name!r} is on a server, so it is refused; allow-backing={name} allows it"
+            text = f"{image}: {what} {name!r} is on a server, so it is refused"
+            text += f"; allow-backing={name} allows it"
             raise BlockError(text, errno.EACCES)
         return export
     real = os.path.realpath(path)

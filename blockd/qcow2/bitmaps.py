@@ -94,7 +94,7 @@ def load(host: HostFile, header: Header) -> list[Bitmap]:
         or offset + size > host.size()
     ):
         raise refuse(f"{count} bitmaps in {size} bytes at {offset:#x} are not possible")
-    data = host.read(offset, size)
+    data, file_size = host.read(offset, size), host.size()
     result, at = [], 0
     for _ in range(count):
         if at + _ENTRY.size > size:
@@ -104,6 +104,8 @@ def load(host: HostFile, header: Header) -> list[Bitmap]:
         name_at = extra_at + extra_length
         if name_at + name_length > size or entries > MAX_TABLE_ENTRIES or table % header.cluster_size:
             raise refuse("has an impossible entry")
+        if table + 8 * entries > file_size:
+            raise refuse(f"a table of {entries} entries at {table:#x} lies behind the end of the file")
         name = data[name_at : name_at + name_length].decode("utf-8", "surrogateescape")
         extra = data[extra_at:name_at]
         result.append(Bitmap(name, table, entries, flags, granularity, offset + at, kind, extra))
@@ -117,10 +119,15 @@ def extension_data(count: int, size: int, offset: int) -> bytes:
 
 
 def read_bits(host: HostFile, header: Header, bitmap: Bitmap) -> Bits:
-    """The bits of a bitmap, up to the end of its table's last cluster. OSError."""
+    """The bits of a bitmap, up to the end of its table's last cluster. OSError, EFBIG for a table that is
+    longer than any for MOST_BITS."""
     size = header.cluster_size
     per_cluster = size * 8
+    if bitmap.table_size > MOST_BITS // per_cluster + 1:
+        raise OSError(errno.EFBIG, f"{host.file}: bitmap {bitmap.name!r} is too large")
     table = np.frombuffer(host.read(bitmap.table_offset, 8 * bitmap.table_size), ">u8").astype(np.uint64)
+    if (table & _TABLE_OFFSET & np.uint64(size - 1)).any():
+        raise OSError(errno.EIO, f"{host.file}: bitmap {bitmap.name!r} is not aligned to clusters")
     bits: Bits = np.zeros(len(table) * per_cluster, np.bool_)
     for index, entry in enumerate(table.tolist()):
         part = bits[index * per_cluster : (index + 1) * per_cluster]

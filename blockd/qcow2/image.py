@@ -213,6 +213,8 @@ class Qcow2Image(Image):
 
     def _locate(self, offset: int, length: int) -> list[Piece]:
         """Where a range lies. The lock is held."""
+        if not length:  # at the end of the disk there may be no table
+            return []
         if isinstance(self.mapping, ExtendedMapping):
             return self.mapping.locate(offset, length)
         bits, mask = self._bits, self._mask

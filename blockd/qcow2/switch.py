@@ -73,6 +73,10 @@ def switch(
     """
     header, layout, refcounts = image.header, image.mapping.layout, image.refcounts
     cluster_size, bits = header.cluster_size, header.cluster_bits
+    # nobody refers to these, so that they would be free in the new refcounts
+    refcounts.give_back_reserved()
+    if image.condemned:
+        image.flush()
     if len(l1) * 8 > MAX_L1_BYTES:
         raise OSError(errno.EFBIG, f"{image.file}: the disk would be too large for its cluster size")
     l1 = (l1 & ~_COPIED).copy()

@@ -8,6 +8,7 @@ behind is known to be out of date. They are stored, and the mark taken off, when
 
 from __future__ import annotations
 
+import errno
 import logging
 from typing import TYPE_CHECKING
 
@@ -21,10 +22,13 @@ from blockd.qcow2.bitmaps import (
     MIN_GRANULARITY_BITS,
     MOST_BITS,
     Bitmap,
+    bitmap_clusters,
     load,
     read_bits,
 )
+from blockd.qcow2.refcounts import runs_of
 from blockd.qcow2.tables import OFFSET
+from coordinator.contract.errors import BlockError
 
 if TYPE_CHECKING:
     from blockd.qcow2.image import Qcow2Image
@@ -72,8 +76,20 @@ class Tracker:
     def __init__(self, image: Qcow2Image) -> None:
         """BlockError when the bitmap directory is damaged."""
         self._image = image
+        self._look_where_they_lie()
         self._following = [b for b in load(image.host, image.header) if b.flags & AUTO]
         self._tracked: list[_Tracked] | None = None
+
+    def _look_where_they_lie(self) -> None:
+        """They are written in place, so they must have their places for themselves."""
+        image = self._image
+        clusters = bitmap_clusters(image.host, image.header)
+        own = np.unique(clusters)
+        inside = not len(own) or int(own[-1]) << image.header.cluster_bits < image.host.size()
+        if not inside or len(own) < len(clusters):
+            raise BlockError(f"{image.file}: bitmaps overlap or lie behind the end of the file", errno.EINVAL)
+        if any(image.mapping.holds_table(first, count) for first, count in runs_of(own)):
+            raise BlockError(f"{image.file}: bitmaps lie upon tables", errno.EINVAL)
 
     def mark(self, offset: int, length: int) -> None:
         """A range is about to change. OSError when that cannot be noted."""
@@ -105,7 +121,7 @@ class Tracker:
         bits = bitmap.bits_for(header.size)
         per_cluster = header.cluster_size * 8
         # the table is longer between the two steps of a change of size
-        return -(-bits // per_cluster) <= bitmap.table_size < MOST_BITS // per_cluster + 2
+        return -(-bits // per_cluster) <= bitmap.table_size <= MOST_BITS // per_cluster + 1
 
     def live(self, name: str) -> npt.NDArray[np.bool_] | None:
         """The bits of a bitmap since the first write; None before it, when those in the file are true."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from blockd.qcow2 import bitmaps, operations, snapshots
 from blockd.qcow2.check import check, repair
+from blockd.qcow2.dirty import DirtyBitmap
 from blockd.qcow2.image import Qcow2Image
 from coordinator.cli.main import main as atoll
 from coordinator.contract.errors import AtollError
@@ -151,7 +152,8 @@ class Images:
         def read_all(image: Qcow2Image) -> None:
             sum(1 for _ in zip(image.extents(0, image.size), range(10000), strict=False))
             image.prefetch(0, min(image.size, 65536))
-            bitmaps.load(image.host, image.header)
+            for bitmap in bitmaps.load(image.host, image.header):
+                self._expected(self._read_bitmap, image, bitmap.name)
             content.append(read(image, 0, min(image.size, MOST_READ)))
 
         self._with(file, read_all, read_only=True)
@@ -163,19 +165,29 @@ class Images:
             self._with(file, lambda i: read(i, 0, min(i.size, MOST_READ)), read_only=True, snapshot=name)
         return content[0] if content else None
 
+    @staticmethod
+    def _read_bitmap(image: Qcow2Image, name: str) -> None:
+        runs = DirtyBitmap(image, name).runs(0, max(1, image.size))
+        sum(1 for _ in zip(runs, range(1000), strict=False))
+
     def _in_order(self, file: str) -> bool:
         found: list[int] = []
         self._with(file, lambda image: found.append(check(image).corruptions), read_only=True)
         return found == [0]
 
     def _tell(self, file: str) -> None:
-        """What ``atoll img`` says about it: one line when that is an error."""
-        for command in (["info", "--output=json"], ["map"], ["snapshot", "-l"], ["check"]):
-            out, errors = io.StringIO(), io.StringIO()
-            with redirect_stdout(out), redirect_stderr(errors):
-                status = atoll(["img", *command, file])
-            if status and command != ["check"]:
-                assert errors.getvalue().count("\n") == 1, errors.getvalue()
+        """What ``atoll img`` says about it."""
+        for command in ("info --output=json", "map", "snapshot -l", "check"):
+            self._img(f"{command} {file}")
+
+    @staticmethod
+    def _img(command: str) -> None:
+        """One line when it is an error; a check may have more to say."""
+        out, errors = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(errors):
+            status = atoll(["img", *command.split()])
+        if status and not command.startswith("check"):
+            assert errors.getvalue().count("\n") == 1, errors.getvalue()
 
     def _compare(self, file: str, content: bytes) -> None:
         """Where QEMU finds it in order, too, it reads the same."""
@@ -218,6 +230,8 @@ class Images:
                 self._expected(action)
 
         self._with(file, write)
+        if self.name == "bitmaps":
+            self._img(rnd.choice(_BITMAP_COMMANDS).replace("@", file))
         if rnd.random() < 0.5:
             self._with(file, whole)
         if rnd.random() < 0.3:
@@ -244,6 +258,15 @@ class Images:
             assert "\n" not in str(error), str(error)
 
 
+_BITMAP_COMMANDS = [
+    "bitmap -f qcow2 --clear @ one",
+    "bitmap -f qcow2 --remove @ one",
+    "bitmap -f qcow2 --disable @ one",
+    "bitmap -f qcow2 --add @ two",
+    "bitmap -f qcow2 --add --merge one @ two",
+    "resize -f qcow2 --shrink @ 100k",
+    "resize -f qcow2 @ 3M",
+]
 _FILL = "write -q -P 1 0 20k;write -q -P 2 70k 3k;write -q -z 128k 64k"
 #: options of qemu-img create, and what qemu-img ("img ...") and qemu-io do then
 _TEMPLATES: list[tuple[list[str], list[str]]] = [

@@ -46,7 +46,7 @@ class Wire:
         self._content = random.Random(1).randbytes(SIZE)
         for name in ("disk", "cd"):
             (folder / name).write_bytes(self._content)
-        create(str(folder / "qcow2"), Options(SIZE, cluster_size=4096))
+        create(str(folder / "qcow2"), Options(SIZE, cluster_size=512))
         self._failures: list[str] = []
         handler = logging.Handler(logging.ERROR)
         handler.emit = self._note  # type: ignore[method-assign]

@@ -90,3 +90,16 @@ def test_the_bit_without_the_extension_is_cleared(tmp_path: Path) -> None:
     name.write_bytes(data)
     Qcow2Image(str(name)).close()
     assert name.read_bytes()[95] == 0
+
+
+def test_a_smaller_disk_after_writes_that_wait_to_be_noted(tmp_path: Path) -> None:
+    """Storing the bitmap takes clusters, in the middle of the change of size."""
+    name = str(tmp_path / "disk.qcow2")
+    run_tool("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=512", name, "256k")
+    run_tool("qemu-img", "bitmap", "--add", "-g", "512", name, "one")
+    image = Qcow2Image(name)
+    image.write(0, b"x" * 20000)
+    operations.resize(image, 65536)
+    image.write(30000, b"y" * 20000)
+    image.close()
+    qemu_check(name)

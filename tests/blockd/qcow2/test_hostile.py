@@ -21,6 +21,7 @@ from blockd.qcow2.check import check, repair
 from blockd.qcow2.compression import decompress
 from blockd.qcow2.image import Qcow2Image
 from coordinator.contract.errors import BlockError
+from tests.blockd.qcow2.anatomy import Anatomy
 from tests.blockd.qcow2.support import make, qemu_check, read
 from tests.support.tools import run_tool
 
@@ -192,6 +193,36 @@ def test_a_leak_of_a_cluster_in_use_is_freed_with_its_flag(tmp_path: Path) -> No
     assert repair(image, everything=False).leaks_fixed == 1
     image.close()
     qemu_check(file)
+
+
+@pytest.mark.parametrize(
+    "at, value, told",
+    [
+        (0, 0x30000, "upon tables"),  # its table: the L1 table
+        (0, 1 << 40, "behind the end"),
+        (0, 1 << 63, "behind the end"),
+        ("table", 0x30000, "upon tables"),  # its first cluster
+        ("table", 1 << 40, "behind the end"),
+    ],
+)
+def test_bitmaps_that_would_destroy_the_image(tmp_path: Path, at: object, value: int, told: str) -> None:
+    file = make(tmp_path / "disk.qcow2", 1 << 20)
+    run_tool("qemu-img", "bitmap", "--add", file, "one")
+    parts = {part.role: part.offset for part in Anatomy(Path(file).read_bytes()).parts}
+    patched(file, (parts["bitmap table" if at == "table" else "bitmap directory"], ">Q", value))
+    before = Path(file).read_bytes()
+    assert told in refusal(file)
+    assert Path(file).read_bytes() == before
+
+
+def test_nothing_at_the_end_of_the_disk(tmp_path: Path) -> None:
+    """Where the last L2 table ends with the disk."""
+    file = make(tmp_path / "disk.qcow2", 32 << 10, (512, 3, 16))
+    image = Qcow2Image(file)
+    assert read(image, 32 << 10, 0) == b""
+    image.write(32 << 10, b"")
+    image.prefetch(32 << 10, 0)
+    image.close()
 
 
 def test_petabytes_in_a_tiny_file_cost_nothing(tmp_path: Path) -> None:
