@@ -292,6 +292,10 @@ class Vm:
                     trace.info("%s", line)
             case messages.TrayMoved(drive=drive, open=is_open):
                 self.event("DEVICE_TRAY_MOVED", {"device": drive, "id": drive, "tray-open": is_open})
+            case messages.PhaseReached(drive=drive, phase=phase, guest_ns=now):
+                self.event("X_PHASE_REACHED", {"device": drive, "phase": phase.value, "guest-ns": now})
+            case messages.PhaseMissed(drive=drive, phase=phase, held=held):
+                self.event("X_PHASE_MISSED", {"device": drive, "phase": phase.value, "held": held})
             case messages.GuestReset(reason=reason):
                 self.spawn(self._guest_reset(reason))
             case messages.GuestShutdown(reason=reason, status=status):

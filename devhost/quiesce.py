@@ -133,6 +133,8 @@ class Quiesce:
             bound = drive.policy.drain_ms if command.bound_ms is None else command.bound_ms
             if bound is not None:
                 deadlines[ident] = now + bound * NS_PER_MS
+        if self._held in deadlines:  # whoever is to drain is not kept
+            self.disarm()
         self._drain = Drain(command, now, deadlines)
         self._gated = {self._drives[ident] for ident in deadlines}
         self._show_gates()

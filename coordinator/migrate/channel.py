@@ -98,13 +98,14 @@ async def connect(
 class Door:
     """Where the target waits for the connections of one transfer."""
 
-    def __init__(self, uri: Uri) -> None:
+    def __init__(self, uri: Uri, port: int = 0) -> None:
+        """``port``: 0 for any; MigrationError when nobody can listen there."""
         self.token = os.urandom(TOKEN)
         self.port, self.path = 0, ""
         try:
             if uri.kind == "tcp":
                 family = socket.AF_INET6 if ":" in uri.host else socket.AF_INET
-                self._listener = socket.create_server((uri.host, 0), family=family)
+                self._listener = socket.create_server((uri.host, port), family=family)
                 self.port = self._listener.getsockname()[1]
             else:
                 self.path = uri.path + PATH_SUFFIX

@@ -20,7 +20,8 @@ class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename
     """``multifd-channels``: connections for guest memory; ``multifd-compression`` of it; ``tls-creds``:
     folder of X.509 credentials (ca-cert.pem and so on), empty for plain connections; ``tls-hostname``: name
     that the target's certificate must carry, if not that of the URI. ``stopped-time``: whether the guest's
-    clock stands still or goes on while it is stopped. ``x-fault``: see faults.py."""
+    clock stands still or goes on while it is stopped. ``x-data-port``: where a TCP target listens for guest
+    memory, 0 for any port. ``x-fault``: see faults.py."""
 
     multifd_channels: Count = 1
     multifd_compression: Literal["none", "zstd"] = "none"
@@ -28,6 +29,7 @@ class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename
     tls_creds: str = ""
     tls_hostname: str = ""
     stopped_time: Literal["stands", "passes"] = "stands"
+    x_data_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
     x_fault: str = ""
 
     @property

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+from coordinator.contract import messages as island
 from coordinator.contract.errors import AtollError, MigrationError
 from coordinator.contract.tls import client_context
 from coordinator.machine import Frozen, Vm
@@ -118,6 +119,21 @@ class Source:
         self._undo.callback(self._lost.cancel)
         self.status.set_up()
         self.status.move("active")
+
+    async def drain(self) -> None:
+        """Where a drive's policy asks for it the guest runs on until no command of it is half-way, up to the
+        bound; then on undrained, and ``x-drains`` says so. Run ends a drain as well."""
+        self._undo.push_async_callback(self._end_drain)
+        for host in self.vm.hosts:
+            command = island.DrainDrives(serial=self.vm.next_serial())
+            result = await self._unless_lost(self.vm.command(host, command))
+            if result["drives"]:
+                self.status.drains.append(result)
+
+    async def _end_drain(self) -> None:
+        if not self.committed:
+            for host in self.vm.hosts:
+                await self.vm.command(host, island.CancelDrain(serial=self.vm.next_serial()))
 
     async def stop(self) -> None:
         """vCPUs at an instruction boundary, posted writes applied, devices paused: see Vm.frozen."""
@@ -266,6 +282,7 @@ class Phase:
 
 PHASES = (
     Phase("negotiate", Source.negotiate),
+    Phase("drain", Source.drain),
     Phase("stop", Source.stop),
     Phase("settle", Source.settle),
     Phase("send", Source.send),

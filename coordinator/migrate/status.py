@@ -30,6 +30,10 @@ class Status:
         self._stopped = self._set_up = self._resumed = self._ended = 0.0
         #: more about the last migration, for query-migrate: what the stream says of each drive
         self.drives: list[dict[str, Any]] = []
+        #: and, where the guest has come here: UNIX time and guest time of its stop and of its going on, ns
+        self.times: dict[str, int] = {}
+        #: and, where drives were asked to drain: see messages.DrainDrives of the contract
+        self.drains: list[dict[str, Any]] = []
 
     # ---- what happens ----------------------------------------------------------------------------
     def move(self, state: str) -> None:
@@ -76,6 +80,10 @@ class Status:
             result["downtime" if self._resumed else "expected-downtime"] = round(downtime)
         result["x-phase"] = self.phase
         result["x-drives"] = self.drives
+        if self.times:
+            result["x-times"] = self.times
+        if self.drains:
+            result["x-drains"] = self.drains
         if self.pages or self.counts().bytes:
             result["ram"] = self._ram(now)
         return result

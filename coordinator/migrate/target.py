@@ -119,7 +119,7 @@ class Target:
         segment = self.vm.segment
         assert segment is not None
         segment.empty_memory()
-        door = channel.Door(self._link.uri)
+        door = channel.Door(self._link.uri, self.parameters.x_data_port)
         try:
             self._accepted = messages.Accepted(
                 transfer=self._transfer, token=door.token, port=door.port, path=door.path
@@ -175,8 +175,15 @@ class Target:
         await self._at("resume")
         self.vm.epoch = epoch + 1
         passed = time.time_ns() - self._time.stopped_at_ns if self.parameters.stopped_time == "passes" else 0
-        await self.vm.arrived(self._state.runstate, max(0, passed))
+        passed = max(0, passed)
+        await self.vm.arrived(self._state.runstate, passed)
         self.status.resumed()
+        self.status.times = {
+            "stopped-at": self._time.stopped_at_ns,
+            "resumed-at": time.time_ns(),
+            "guest-stopped": self._time.guest_ns,
+            "guest-resumed": self._time.guest_ns + passed,
+        }
         self._running = messages.Running(transfer=self._transfer, epoch=self.vm.epoch)
         for _ in range(self._fault.copies("target.resume")):
             await self._link.send(self._running)
