@@ -119,7 +119,7 @@ class SocketDevice(Chardev):
                     if spec.path
                     else asyncio.open_connection(spec.host, spec.port)
                 )
-                self._work = asyncio.create_task(self._serve(*await connect))
+                self._work = asyncio.create_task(self.serve(*await connect))
         except (OSError, ValueError) as error:
             verb = "listen on" if spec.server else "connect to"
             reason = getattr(error, "strerror", None) or error
@@ -140,9 +140,10 @@ class SocketDevice(Chardev):
                 log.info("%s: %s", self.spec.where, error)
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
-            await self._serve(*streams)
+            await self.serve(*streams)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One client, to its end."""
         self._writer = writer
         self._first.set()
         try:

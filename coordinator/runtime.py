@@ -56,10 +56,41 @@ def sweep(top: Path) -> None:
                 os.close(fd)
 
 
+def find(name: str) -> Path:
+    """The folder of the running machine called ``name``, or ``name-PID`` where several are; ConfigError says
+    which there are."""
+    running = [folder for folder in sorted(base().glob("*")) if folder.is_dir() and _lives(folder)]
+    found = [folder for folder in running if folder.name == name]
+    found = found or [folder for folder in running if folder.name.rpartition("-")[0] == _safe(name)]
+    if len(found) == 1:
+        return found[0]
+    known = ", ".join(folder.name for folder in (found or running)) or "none"
+    problem = "several machines are" if found else "no running machine is"
+    raise ConfigError(f"{problem} called {name} (there are: {known})")
+
+
+def _lives(folder: Path) -> bool:
+    """Whether a machine holds the folder's lock."""
+    try:
+        fd = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def _safe(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.]", "_", name)[:LONGEST_NAME] or "vm"
+
+
 def _create(name: str) -> tuple[Path, int]:
     top = base()
-    safe = re.sub(r"[^A-Za-z0-9_.]", "_", name)[:LONGEST_NAME] or "vm"
-    folder = top / f"{safe}-{os.getpid()}"
+    folder = top / f"{_safe(name)}-{os.getpid()}"
     if len(os.fsencode(folder)) > LONGEST_FOLDER:
         raise ConfigError(
             f"the runtime folder {folder} has too long a path for sockets; set XDG_RUNTIME_DIR"

@@ -13,6 +13,7 @@ SUBCOMMANDS = {
     "run": ("coordinator.cli.run", "run a machine; options are spelled as qemu-system-x86_64 spells them"),
     "img": ("blockd.img.main", "make, look at, check, convert and change disk images, as qemu-img does"),
     "nbd": ("blockd.nbd.command", "serve a disk image over the network, as qemu-nbd does"),
+    "migrate": ("coordinator.cli.migrate", "move a running machine to another coordinator, or into a file"),
     "pieces": ("coordinator.pieces", "fetch firmware and guest pieces from Debian's packages into the cache"),
 }
 

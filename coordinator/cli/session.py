@@ -20,6 +20,7 @@ from coordinator.contract.errors import AtollError, ConfigError
 from coordinator.machine import Ending, Loader, Vm
 from coordinator.migrate.manager import Manager
 from coordinator.monitor import MonitorFrontend
+from coordinator.qmp.door import Door
 from coordinator.qmp.server import QmpFrontend
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -161,6 +162,7 @@ def _attach(vm: Vm, s: Settings) -> list[chardev.Chardev]:
             ports[index].output(data)
 
     vm.on_serial = serial
+    devices.append(Door(vm, vm.folder))
     return devices
 
 
