@@ -40,8 +40,8 @@ from tests.support.tools import run_tool
 SIZE = 4 << 20
 #: a write that SIGKILL interrupts ends at a page
 PAGE = 4096
-#: cluster size, version, refcount bits
-SHAPES = [(65536, 3, 16), (4096, 3, 16), (512, 3, 8), (4096, 2, 16), (1024, 3, 64)]
+#: cluster size, version, refcount bits; see ``features``
+SHAPES = [(65536, 3, 16), (4096, 3, 16), (512, 3, 8), (4096, 2, 16), (1024, 3, 64), (16384, 3, 16)]
 #: what else an image has: each is a reason for metadata of its own
 KINDS = ("plain", "raw below", "bitmap", "qcow2 below", "data file")
 WORKERS = ("library", "nbd", "img", "library", "nbd")
@@ -49,6 +49,11 @@ WORKERS = ("library", "nbd", "img", "library", "nbd")
 DEPTH = 12
 WRITE, FLUSH, TRIM, ZEROES = 1, 3, 4, 6
 _FUA, _NO_HOLE = 1, 2
+
+
+def features(shape: tuple[int, int, int]) -> dict[str, Any]:
+    """What else a new image of that shape has: subclusters of one sector in one of them."""
+    return {"extended_l2": True, "lazy_refcounts": True} if shape[0] == 16384 else {}
 
 
 def no_corruption(file: str) -> None:
@@ -131,18 +136,18 @@ class Life:
         self.kind = KINDS[self.seed // len(SHAPES) % len(KINDS)]
         if self.shape[1] < 3 and self.kind in ("bitmap", "data file"):
             self.kind = "plain"
-        path, below, how = self.folder / "disk.qcow2", b"", {}
+        path, below, how = self.folder / "disk.qcow2", b"", features(self.shape)
         if self.kind.endswith("below"):
             below = random.Random(self.seed).randbytes(SIZE // 2)
             base = self.folder / "base"
             base.write_bytes(below)
-            how = {"backing_file": "base", "backing_format": "raw"}
+            how |= {"backing_file": "base", "backing_format": "raw"}
             if self.kind == "qcow2 below":
                 run_tool("qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(base), f"{base}.qcow2")
-                how = {"backing_file": "base.qcow2", "backing_format": "qcow2"}
+                how |= {"backing_file": "base.qcow2", "backing_format": "qcow2"}
         if self.kind == "data file":
             (self.folder / "disk.data").write_bytes(bytes(SIZE))
-            how = {"data_file": "disk.data"}
+            how |= {"data_file": "disk.data"}
         self.file = make(path, SIZE, self.shape, **how)
         if self.kind == "bitmap":
             run_tool("qemu-img", "bitmap", "--add", "-g", "64k", self.file, "one")

@@ -73,8 +73,10 @@ class Model:
             self.data[low:high] = bytes(high - low)
 
     def new_name(self) -> str:
-        self._named += 1
-        return f"snap{self._named}"
+        """One that no snapshot has; a crash may have left one that was not told of."""
+        while (name := f"snap{self._named}") in self.snapshots or not self._named:
+            self._named += 1
+        return name
 
 
 #: something to be done to an image

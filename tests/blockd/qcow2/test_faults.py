@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -159,6 +160,27 @@ def _compressed(script: Script) -> None:
     script.packed(9 * size)
 
 
+def _subclusters(script: Script) -> None:
+    """Subclusters of one sector: written, zeroed and written again in a cluster that is there, a snapshot's,
+    and a compressed one."""
+    image, size = script.image, script.model.cluster_size
+    script.write(1000, 700)
+    script.write(5000, 100)
+    script.zeroes(1024, 1024, unmap=False)
+    script.then(image.flush)
+    script.write(1030, 10)
+    script.packed(size)
+    script.write(size + 3000, 600)
+    script.then(lambda: operations.create(image, "one", now=1.0))
+    script.write(600, 1000)
+    script.zeroes(4096, 1024)
+    script.zeroes(0, size)
+    script.write(3 * size + 100, 2 * size)
+    script.then(image.flush)
+    script.then(lambda: operations.delete(image, "one"))
+    script.write(512, 512)
+
+
 def _growing(script: Script) -> None:
     """Beyond what the first refcount table can count."""
     for offset in range(FILLED, FILLED + (256 << 10), 64 << 10):
@@ -196,6 +218,7 @@ class Case:
     below: bool = False
     bitmap: bool = False
     data_file: bool = False
+    extended: bool = False
     size: int = SIZE
     #: bytes that are written before
     filled: int = 0
@@ -213,6 +236,16 @@ CASES = {
     "snapshots, version 2": Case(_snapshots, (4096, 2, 16), _ALWAYS | {"write header", "write L1 table"}),
     "compressed": Case(_compressed, (4096, 3, 16), _ALWAYS | {"write compressed data"}),
     "compressed, narrow refcounts": Case(_compressed, (4096, 3, 2), _ALWAYS | {"write compressed data"}),
+    "subclusters": Case(
+        _subclusters,
+        (16384, 3, 16),
+        _ALWAYS | {"write header", "write L1 table", "write compressed data"},
+        extended=True,
+    ),
+    "subclusters over a backing file": Case(
+        _subclusters, (16384, 3, 16), _ALWAYS | {"write header"}, below=True, extended=True
+    ),
+    "sizes, subclusters": Case(_sizes, (16384, 3, 16), _ALWAYS | {"write header"}, below=True, extended=True),
     "growing refcount table": Case(
         _growing,
         (512, 3, 64),
@@ -242,14 +275,14 @@ CASES = {
 def _make(case: Case, folder: Path) -> tuple[str, bytes]:
     """The image as it is before, and what its disk begins with."""
     content = b""
-    how = {}
+    how: dict[str, Any] = {"extended_l2": case.extended}
     if case.below:
         content = random.Random(3).randbytes(2 * case.size)
         (folder / "base").write_bytes(content)
-        how = {"backing_file": "base", "backing_format": "raw"}
+        how |= {"backing_file": "base", "backing_format": "raw"}
     if case.data_file:
         (folder / "disk.data").write_bytes(bytes(case.size))
-        how = {"data_file": "disk.data"}
+        how |= {"data_file": "disk.data"}
     file = make(folder / "disk.qcow2", case.size, case.shape, **how)
     if case.bitmap:
         run_tool("qemu-img", "bitmap", "--add", "-g", "512", file, "one")
