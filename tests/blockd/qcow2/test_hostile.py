@@ -1,6 +1,24 @@
 """Images that were made to do harm: one line of error, nothing read or allocated beyond measure.
 
-Items 13, 14 and 15 of the list of inputs that have broken emulators.
+Items 13 to 16 and 24 of the list of inputs that have broken emulators, and where each is tested:
+
+13  fields of the header, cluster_bits, unknown feature, corrupt bit: test_header_fields, test_an_unknown_
+    feature_is_named_as_the_image_names_it, test_a_corrupt_image_can_be_read
+    L2 entry BFFFFFFFFFFF0000h: test_l2_entries_that_would_destroy_the_image
+14  backing and data files: test_backing_files_that_nobody_allowed, test_data_files_that_nobody_allowed,
+    test_a_link_does_not_lead_out_of_the_folder; allowed ones in test_a_link..., nbd_client/test_everywhere.py
+15  petabytes: test_petabytes_in_a_tiny_file_cost_nothing, test_entries_that_would_make_the_file_huge
+    loops: test_chains_that_loop; inflation: test_a_compressed_cluster_that_inflates_without_end
+    self-referencing tables: test_l2_entries_that_would_destroy_the_image, test_l1_entry_that_points_at_
+    the_header_or_the_l1_table, test_refcounts_that_count_themselves
+16  name of 3,000 bytes: test_handshake.py::test_long_export_name; order of options: ::test_meta_context_
+    wants_structured_replies_first; slow client: ::test_huge_option_of_a_slow_client; shutdown:
+    ::test_clients_connected_at_shutdown; past the end and unknown: test_transmission.py::test_refused_
+    requests, ::test_write_past_the_end; truncated: ::test_truncated_write_changes_nothing
+    block status of maximal length: test_block_status_of_maximal_length
+24  test_faults.py; kills in test_crash.py, loss of power in test_power_loss.py
+
+Beyond the list: tests/blockd/fuzz.
 """
 
 import errno
@@ -20,9 +38,12 @@ from blockd.qcow2.backing import Chain
 from blockd.qcow2.check import check, repair
 from blockd.qcow2.compression import decompress
 from blockd.qcow2.image import Qcow2Image
+from coordinator.contract.config import Export
 from coordinator.contract.errors import BlockError
+from tests.blockd.conftest import Serve
 from tests.blockd.qcow2.anatomy import Anatomy
 from tests.blockd.qcow2.support import make, qemu_check, read
+from tests.support.nbd_wire import WireClient
 from tests.support.tools import run_tool
 
 
@@ -225,6 +246,42 @@ def test_nothing_at_the_end_of_the_disk(tmp_path: Path) -> None:
     image.close()
 
 
+@pytest.mark.parametrize("cluster", [0, 1, 3], ids=["header", "itself", "L1"])
+def test_refcounts_that_count_themselves(tmp_path: Path, cluster: int) -> None:
+    """The refcount table names something else than a refcount block."""
+    file = patched(make(tmp_path / "disk.qcow2", 1 << 20), (0x10000, ">Q", cluster << 16))
+    before = Path(file).read_bytes()
+    image = Qcow2Image(file)
+    with pytest.raises(OSError):
+        image.write(0, b"z" * 512)
+    assert check(image).corruptions
+    image.close()
+    assert Path(file).read_bytes() == before
+
+
+def test_block_status_of_maximal_length(tmp_path: Path, serve: Serve) -> None:
+    """Many extents: the reply is bounded, and goes on where it ended."""
+    file = make(tmp_path / "disk.qcow2", 8 << 30)
+    image = Qcow2Image(file)
+    for number in range(3000):
+        image.write(number << 17, b"x" * 512)
+    image.close()
+    with WireClient(serve(Export("hd0", file, "qcow2"))) as client:
+        client.option(8)
+        client.option(10, b"\0\0\0\3hd0\0\0\0\1\0\0\0\x0fbase:allocation")
+        client.go("hd0")
+        offset, extents = 0, []
+        while offset < 8 << 30:
+            client.send_request(7, offset, min(0xFFFFFFFF, (8 << 30) - offset))
+            flags, kind, _, body = client.chunk()
+            assert (flags, kind) == (1, 5) and len(body) <= 64 << 10
+            found = list(struct.iter_unpack(">II", body[4:]))
+            offset += sum(length for length, _ in found)
+            extents += found
+    assert offset == 8 << 30
+    assert sum(length for length, state in extents if not state) == 3000 << 16
+
+
 def test_petabytes_in_a_tiny_file_cost_nothing(tmp_path: Path) -> None:
     file = make(tmp_path / "disk.qcow2", 2 << 50, (1 << 21, 3, 16))
     tracemalloc.start()
@@ -256,6 +313,15 @@ def test_backing_files_that_nobody_allowed(tmp_path: Path, name: str) -> None:
     (tmp_path / "x").write_bytes(bytes(1 << 20))
     (folder / "a").mkdir()
     file = make(folder / "top.qcow2", 1 << 20, backing_file=name, backing_format="raw")
+    assert "refused" in (told := refusal(file)) or "outside" in told
+
+
+@pytest.mark.parametrize("name", ["json:{}", "/etc/passwd", "../x", "nbd://localhost/x", "fd:1"])
+def test_data_files_that_nobody_allowed(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (tmp_path / "x").write_bytes(bytes(1 << 20))
+    file = make(folder / "top.qcow2", 1 << 20, data_file=name)
     assert "refused" in (told := refusal(file)) or "outside" in told
 
 
