@@ -30,8 +30,8 @@ def connect(path: str) -> WireClient:
 def test_prepare_finishes_the_request_under_way_and_discards_the_rest(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool
 ) -> None:
-    """One write is in the image, another waits behind it. The hold on the first ends when its session has been
-    told to end; the second is never done, also when the lease comes back."""
+    """One write is in the image, another waits behind it. The hold on the first ends when its session has
+    been told to end; the second is never done, also when the lease comes back."""
     hold, begun = threading.Event(), threading.Event()
     write, interrupt = RawImage.write, Connection.interrupt
 

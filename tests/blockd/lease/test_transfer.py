@@ -192,6 +192,18 @@ def test_a_source_that_died_before_the_decision_can_start_again(pair: Pair) -> N
     assert pair.writers() == [again]
 
 
+def test_images_that_were_awaited_can_be_taken_without_a_transfer(pair: Pair) -> None:
+    """As when a machine comes from a file."""
+    with pytest.raises(BlockError, match="is locked"):
+        pair.target.do(lambda: pair.target.open(pair.files))
+    assert pair.writers() == [pair.source]
+    pair.source.do(pair.source.exports.close_all)
+    pair.target.do(lambda: pair.target.open(pair.files))
+    assert pair.writers() == [pair.target]
+    pair.target.do(pair.target.exports.close_all)
+    assert litter(pair.folder) == []
+
+
 def test_images_in_several_folders_reached_by_other_paths(world: World, tmp_path: Path) -> None:
     """The second host has the storage somewhere else."""
     for name in ("x", "y"):
