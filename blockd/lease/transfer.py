@@ -95,9 +95,13 @@ class Source:
         leases = dict(sorted(leases.items(), key=lambda item: item[1].slot.image))
         first = next(iter(leases.values())).slot
         path = f"{first.image}.transfer-{transfer}"
-        if os.path.lexists(path):
-            raise BlockError(f"{path}: there has been a transfer of this name", errno.EEXIST)
-        return _Outgoing(transfer, path, leases)
+        try:
+            os.lstat(path)
+        except FileNotFoundError:
+            return _Outgoing(transfer, path, leases)
+        except OSError as error:  # too long a name
+            raise BlockError(f"{path}: {error.strerror}", error.errno or errno.EIO) from None
+        raise BlockError(f"{path}: there has been a transfer of this name", errno.EEXIST)
 
     def _mark(self, ident: str, lease: Lease, outgoing: _Outgoing) -> None:
         if lease.record.state == "transferring":

@@ -192,6 +192,22 @@ def test_a_source_that_died_before_the_decision_can_start_again(pair: Pair) -> N
     assert pair.writers() == [again]
 
 
+def test_a_transfer_needs_a_name_of_its_own(world: World, tmp_path: Path) -> None:
+    pair = Pair(world, tmp_path)
+    old = tmp_path / "a disk.img.transfer-T"
+    old.write_bytes(b"")
+    with pytest.raises(BlockError, match="there has been a transfer of this name"):
+        pair.prepare()
+    assert pair.writers() == [pair.source]
+    long = tmp_path / f"{'x' * 230}.img"
+    long.write_bytes(bytes(4096))
+    one = Actor(world, "one")
+    one.do(lambda: one.open({"c": str(long)}))
+    with pytest.raises(BlockError, match="File name too long"):
+        one.do(lambda: one.source.prepare("a-transfer-with-a-longer-name"))
+    assert world.writers("c") == [one]
+
+
 def test_images_that_were_awaited_can_be_taken_without_a_transfer(pair: Pair) -> None:
     """As when a machine comes from a file."""
     with pytest.raises(BlockError, match="is locked"):
