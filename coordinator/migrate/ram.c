@@ -10,9 +10,10 @@
 #include "ram.h"
 
 #define PAGE 4096u
-#define LANES 4
+#define LANES 8
 
-/* ---- checksum: four lanes of xor and odd multiplication, each step a bijection of its lane ---- */
+/* ---- checksum: lanes of xor and odd multiplication, each step a bijection of its lane; as many lanes as hide the
+ * multiplier's latency ---- */
 static uint64_t mix(uint64_t x)
 {
     x ^= x >> 32;
@@ -22,15 +23,17 @@ static uint64_t mix(uint64_t x)
 
 uint64_t ram_sum(const void *data, uint64_t n, uint64_t seed)
 {
-    static const uint64_t odd[LANES] = {UINT64_C(0x9e3779b97f4a7c15), UINT64_C(0xc2b2ae3d27d4eb4f), UINT64_C(0x165667b19e3779f9),
-                                        UINT64_C(0xd6e8feb86659fd93)};
+    const uint64_t odd = UINT64_C(0x9e3779b97f4a7c15);
     const uint8_t *at = data;
-    uint64_t lane[LANES] = {seed ^ 1, seed ^ 2, seed ^ 3, seed ^ 4}, sum = seed ^ n;
+    uint64_t lane[LANES], sum = seed ^ n;
+    for (unsigned l = 0; l < LANES; l++) {
+        lane[l] = seed ^ (l + 1);
+    }
     for (uint64_t i = 0; i < n / (8 * LANES); i++, at += 8 * LANES) {
         uint64_t word[LANES];
         memcpy(word, at, sizeof word);
         for (unsigned l = 0; l < LANES; l++) {
-            lane[l] = (lane[l] ^ word[l]) * odd[l];
+            lane[l] = (lane[l] ^ word[l]) * odd;
             lane[l] ^= lane[l] >> 31;
         }
     }

@@ -25,7 +25,7 @@ struct ram_counts {
     uint64_t bytes;          /* on the wire, frames included */
 };
 
-/* 64 bits over n bytes (a multiple of 32): finds any change within one word for certain, others but for 2^-64. */
+/* 64 bits over n bytes (a multiple of 64): finds any change within one word for certain, others but for 2^-64. */
 uint64_t ram_sum(const void *data, uint64_t n, uint64_t seed);
 
 /* Sends pages [first, first + count) of guest memory in frames. Counts are added to. 0, or -errno. */
