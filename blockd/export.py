@@ -22,6 +22,7 @@ from blockd.image import Buffer, Image
 from blockd.nbd.contexts import contexts_of
 from blockd.nbd.remote import NbdImage
 from blockd.opening import open_file, open_raw_image, probe, unsafe_file
+from blockd.opening import open_image as open_named
 from blockd.qcow2.backing import Chain
 from blockd.qcow2.create import Options, create
 from blockd.qcow2.image import Qcow2Image
@@ -191,7 +192,9 @@ def open_qcow2(wanted: config.Export) -> Image:
     read_only |= wanted.inactive
     opener = unsafe_file if wanted.unsafe else open_file
     chain, locked = Chain(wanted.backing_allowed), not wanted.inactive
-    image = Qcow2Image(wanted.file, read_only, chain, opener, locked, snapshot)
+    image = open_named(
+        wanted.file, "qcow2", read_only, chain=chain, open_file=opener, locked=locked, snapshot=snapshot
+    )
     if image.size % DISK_SECTOR or not image.size:
         size = image.size
         image.close()

@@ -384,10 +384,10 @@ def test_zeroes_that_are_not_supported_are_written(runtime: Path) -> None:
         negotiate(sock)
         asked = take(sock)
         sock.sendall(error(asked.cookie, ENOTSUP))
-        for _ in range(2):
-            asked = take(sock)
-            seen.append(asked.command)
-            sock.sendall(done(asked.cookie))
+        asked = take(sock)
+        seen.append(asked.command)
+        sock.sendall(done(asked.cookie))
+        seen.append(take(sock).command)
 
     server = WireServer(str(runtime / "s"), script)
     image = NbdImage(name(str(runtime / "s")))
