@@ -3,6 +3,7 @@ by threads of their own (see nbd/server.py)."""
 
 from __future__ import annotations
 
+import collections
 import errno
 import logging
 import os
@@ -34,6 +35,8 @@ class ControlSocket(Protocol):
 
     def answer(self, command: messages.Command, value: Any = None, error: str | None = None) -> None: ...
 
+    def notify(self, notice: messages.LeaseLost) -> None: ...
+
 
 class Service:
     """Exports, the sockets they are reached at, and the commands that change them."""
@@ -49,6 +52,8 @@ class Service:
         name leases are taken."""
         self.exports = ExportTable()
         self.leased = LeasedExports(self.exports, owner or Owner("", "blockd"))
+        self.leased.on_loss = self._lease_lost
+        self._losses: collections.deque[messages.LeaseLost] = collections.deque()
         source, destination = Source(self.leased), Destination(self.leased)
         self._server = Server(self.exports, limits, terms, self._client_left)
         self._persistent = persistent
@@ -117,6 +122,8 @@ class Service:
             if control is not None:
                 # a ZeroMQ socket signals edges: take what is there, whatever woke us
                 self._obey(control)
+                while self._losses:
+                    control.notify(self._losses.popleft())
         self.close()
 
     def close(self) -> None:
@@ -134,6 +141,11 @@ class Service:
         """By the thread of a connection."""
         if negotiated and last and not self._persistent:
             self._quit = True
+        self._wake()
+
+    def _lease_lost(self, ident: str, text: str) -> None:
+        """By whatever thread was about to write."""
+        self._losses.append(messages.LeaseLost(ident, text))
         self._wake()
 
     def _wake(self) -> None:

@@ -60,6 +60,8 @@ SHUTDOWN_CAUSES = ("guest-shutdown", *RESET_CAUSES)
 
 #: states in which a guest that has been moved away, or not here yet, cannot be made to run
 AWAY = {"postmigrate": "has been migrated away", "inmigrate": "is waiting for its migration"}
+#: held still for a migration
+LEAVING = "finish-migrate"
 
 Notice = messages.AnyNotice
 #: what may precede the guest's first instruction: loads RAM and says how vCPU 0 starts
@@ -115,6 +117,8 @@ class Vm:
         #: held while media are being exchanged
         self.media_lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
+        #: what the guest has asked for and not been given
+        self._wishes: list[messages.GuestReset | messages.GuestShutdown] = []
         self.folder = folder
         self._log_file = log_file
         self._started = asyncio.Event()
@@ -296,10 +300,11 @@ class Vm:
                 self.event("X_PHASE_REACHED", {"device": drive, "phase": phase.value, "guest-ns": now})
             case messages.PhaseMissed(drive=drive, phase=phase, held=held):
                 self.event("X_PHASE_MISSED", {"device": drive, "phase": phase.value, "held": held})
-            case messages.GuestReset(reason=reason):
-                self.spawn(self._guest_reset(reason))
-            case messages.GuestShutdown(reason=reason, status=status):
-                self.spawn(self._guest_shutdown(reason, status))
+            case messages.GuestReset() | messages.GuestShutdown():
+                self._wishes.append(notice)
+                self.spawn(self._grant_wishes())
+            case messages.LeaseLost(error=error):
+                log.error("%s", error)
             case messages.Failed(error=error):
                 self.end(Ending("internal-error", 1, error))
 
@@ -339,36 +344,45 @@ class Vm:
         if not self.ending.done():
             self.ending.set_result(ending)
 
-    async def _guest_reset(self, reason: str) -> None:
-        cause = reason if reason in RESET_CAUSES else "guest-reset"
-        if self.options.no_reboot:
-            await self._guest_shutdown(cause, 0)
-            return
-        await self.reset(guest=True, reason=cause)
-
-    async def _guest_shutdown(self, reason: str, status: int) -> None:
+    async def _grant_wishes(self) -> None:
         async with self._lock:
-            if self.state == "running":
-                await self._pause()
-            self.state = "shutdown"
-            self.event(
-                "SHUTDOWN",
-                {"guest": True, "reason": reason if reason in SHUTDOWN_CAUSES else "guest-shutdown"},
-            )
-            if self.options.no_shutdown and reason != "debug-exit":
-                self.event("STOP")
-            else:
-                self.end(Ending(reason, status))
+            await self._grant()
+
+    async def _grant(self) -> None:
+        """Resets and shutdowns that the guest has asked for. The lock is held."""
+        while self._wishes and self.state not in AWAY:
+            match self._wishes.pop(0):
+                case messages.GuestReset(reason=reason):
+                    cause = reason if reason in RESET_CAUSES else "guest-reset"
+                    if self.options.no_reboot:
+                        await self._shut_down(cause, 0)
+                    else:
+                        await self._reset(True, cause)
+                case messages.GuestShutdown(reason=reason, status=status):
+                    await self._shut_down(reason, status)
+
+    async def _shut_down(self, reason: str, status: int) -> None:
+        if self.state == "running":
+            await self._pause()
+        self.state = "shutdown"
+        self.event(
+            "SHUTDOWN",
+            {"guest": True, "reason": reason if reason in SHUTDOWN_CAUSES else "guest-shutdown"},
+        )
+        if self.options.no_shutdown and reason != "debug-exit":
+            self.event("STOP")
+        else:
+            self.end(Ending(reason, status))
 
     async def _pause(self, step: Step | None = None) -> None:
         """``step`` is told of "quiesce" between vCPUs and devices."""
         assert self.segment is not None
-        await self._all(self.vcpus, messages.Stop)
         try:
+            await self._all(self.vcpus, messages.Stop)
             if step is not None:
                 await step("quiesce")
             await self._all(self.hosts, messages.Stop)
-        except AtollError:  # a block request that is not answered: the guest goes on, as if nobody had asked
+        except BaseException:  # a block request that is not answered, a cancel: as if nobody had asked
             if not self.ending.done():
                 await self._resume()
             raise
@@ -383,15 +397,24 @@ class Vm:
         await self._all(self.hosts, messages.Run)
         await self._all(self.vcpus, messages.Run)
 
+    def _not_away(self) -> None:
+        if self.state in AWAY:
+            raise IslandError(f"the machine {AWAY[self.state]}")
+
+    def _not_leaving(self) -> None:
+        """IslandError while the guest is held for a migration, which may take as long as the other side."""
+        if self.state == LEAVING:
+            raise IslandError("Migration is not finalized yet")
+
     async def cont(self) -> None:
         """Run the guest (QMP cont)."""
+        self._not_leaving()
         async with self._lock:
             if self.state == "running":
                 return
             if self.state == "shutdown":
                 raise IslandError("Resetting the Virtual Machine is required")
-            if self.state in AWAY:
-                raise IslandError(f"the machine {AWAY[self.state]}")
+            self._not_away()
             await self._run()
             self.state = "running"
             self.event("RESUME")
@@ -399,6 +422,7 @@ class Vm:
     @contextlib.asynccontextmanager
     async def paused(self) -> AsyncIterator[None]:
         """Hold the guest still for a look at its state."""
+        self._not_leaving()
         async with self._lock:
             runs = self.state == "running"
             if runs:
@@ -415,19 +439,35 @@ class Vm:
         otherwise, and nothing else can make it run meanwhile. ``step`` is told of "quiesce" on the way, and
         may fail."""
         async with self._lock:
-            runstate = self.state
-            if runstate in AWAY:
-                raise IslandError(f"the machine {AWAY[runstate]}")
-            if runstate == "running":
+            self._not_away()
+            if self.state == "running":
                 await self._pause(step)
+                try:
+                    await self._obey_held()
+                except BaseException:
+                    if self.state == "running" and not self.ending.done():
+                        await self._run()
+                    raise
+            runstate = self.state
             frozen = Frozen(runstate, time.time_ns())
-            self.state = "finish-migrate"
+            self.state = LEAVING
             try:
                 yield frozen
             finally:
                 self.state = frozen.after or runstate
                 if self.state == "running" and not self.ending.done():
                     await self._run()
+
+    async def _obey_held(self) -> None:
+        """What the guest asked for before it stood still happens here, not where it goes."""
+        if not self._wishes:
+            return
+        self.state = "paused"
+        await self._grant()
+        if self.ending.done():
+            raise IslandError("the guest has shut down")
+        if self.state == "paused":
+            self.state = "running"
 
     async def paused_command(self, role: str, command: messages.Command) -> Any:
         """A command that the island takes only while the guest is still."""
@@ -447,6 +487,7 @@ class Vm:
 
     async def stop(self) -> None:
         """Pause the guest at an instruction boundary (QMP stop)."""
+        self._not_leaving()
         async with self._lock:
             if self.state != "running":
                 return
@@ -454,20 +495,25 @@ class Vm:
             self.state = "paused"
             self.event("STOP")
 
-    async def reset(self, guest: bool = False, reason: str = "host-qmp-system-reset") -> None:
-        """Power-on state everywhere; goes on running if it ran."""
+    async def reset(self) -> None:
+        """Power-on state everywhere, for the host; goes on running if it ran."""
+        self._not_leaving()
         async with self._lock:
-            runs = self.state == "running"
-            if runs:
-                await self._pause()
-            await self._all(self.hosts, messages.Reset)
-            await self._all(self.vcpus, messages.Reset)
-            await self._load()
-            self.event("RESET", {"guest": guest, "reason": reason})
-            if runs:
-                await self._run()
-            elif self.state == "shutdown":
-                self.state = "prelaunch"
+            self._not_away()
+            await self._reset(False, "host-qmp-system-reset")
+
+    async def _reset(self, guest: bool, reason: str) -> None:
+        runs = self.state == "running"
+        if runs:
+            await self._pause()
+        await self._all(self.hosts, messages.Reset)
+        await self._all(self.vcpus, messages.Reset)
+        await self._load()
+        self.event("RESET", {"guest": guest, "reason": reason})
+        if runs:
+            await self._run()
+        elif self.state == "shutdown":
+            self.state = "prelaunch"
 
     def quit(self, reason: str = "host-qmp-quit") -> None:
         """End the run from the host's side, at any time."""

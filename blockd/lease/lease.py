@@ -9,7 +9,7 @@ import os
 import secrets
 import stat
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import msgspec
@@ -51,6 +51,8 @@ class Lease:
         self.record = record
         #: it may have been released, so that giving it back leaves the record where it is
         self.doubtful = False
+        #: called once, with a line for the user, by the thread that finds out
+        self.on_loss: Callable[[str], None] = lambda text: None
         self._token = record.token
         self._lost: str | None = None
         self._lock = threading.Lock()
@@ -85,6 +87,7 @@ class Lease:
             if self._lost is None:
                 self._lost = f"{self.file}: the lease is lost ({self._successor()}); nothing more is written"
                 log.error("%s", self._lost)
+                self.on_loss(self._lost)
         raise PermissionError(errno.EPERM, self._lost)
 
     def _successor(self) -> str:

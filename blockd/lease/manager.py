@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -30,6 +31,8 @@ class LeasedExports:
         #: what each leased export is, and its lease: None while it is awaited, or cannot be kept
         self.wanted: dict[str, config.Export] = {}
         self.leases: dict[str, Lease | None] = {}
+        #: called with the export and a line for the user when a lease is found to be lost, by any thread
+        self.on_loss: Callable[[str, str], None] = lambda ident, text: None
 
     # ---- opening -----------------------------------------------------------------------------------
     def open_all(self, exports: Iterable[config.Export]) -> list[Export]:
@@ -61,6 +64,8 @@ class LeasedExports:
 
     def open_export(self, wanted: config.Export, lease: Lease | None) -> Export:
         """An export under a lease that is there, inactive, or without one."""
+        if lease is not None:
+            lease.on_loss = partial(self.on_loss, wanted.id)
 
         def opener(wanted: config.Export) -> Image:
             image = open_image(wanted)

@@ -404,6 +404,14 @@ class PhaseMissed(msgspec.Struct, frozen=True, tag="phasemissed"):
     held: bool
 
 
+class LeaseLost(msgspec.Struct, frozen=True, tag="leaselost"):
+    """blockd: another has taken the lease of an image; every write to it fails from now on. ``error`` is one
+    line for the user."""
+
+    id: str
+    error: str
+
+
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """The island cannot go on; it exits after this."""
 
@@ -421,6 +429,7 @@ AnyNotice = (
     | TrayMoved
     | PhaseReached
     | PhaseMissed
+    | LeaseLost
     | Failed
 )
 

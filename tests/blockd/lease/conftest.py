@@ -1,6 +1,6 @@
 """Images in memory where that can be, and hosts that share them."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import pytest
 
@@ -11,10 +11,7 @@ __all__ = ["tmp_path"]
 
 
 @pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> World:
-    return World(monkeypatch)
-
-
-@pytest.fixture
-def make_world(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], World]:
-    return lambda locking: World(monkeypatch, locking)
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    world = World(monkeypatch)
+    yield world
+    world.end()

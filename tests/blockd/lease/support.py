@@ -8,6 +8,7 @@ file operation before which it was killed, and the kernel takes its locks.
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from blockd import locks
 from blockd.export import ExportTable, open_image
 from blockd.image import Image
 from blockd.lease import host, judge, lease, manager
+from blockd.lease.lease import Lease
 from blockd.lease.manager import LeasedExports
 from blockd.lease.record import Owner
 from blockd.lease.slot import Slot
@@ -49,6 +51,8 @@ class Actor:
         self.held: set[str] = set()
         #: open ones
         self.images: list[Image] = []
+        #: all that it has had
+        self.leases: list[Lease] = []
         #: called with the name of each file operation before it is done
         self.before: Callable[[str], None] = lambda step: None
         self.exports = LeasedExports(ExportTable(), Owner("00000000-0000-0000-0000-000000000001", vm), Steps)
@@ -101,6 +105,10 @@ class Actor:
         """The kernel closes a dead process's files."""
         for image in list(self.images):
             image.close()
+        with self.acting():
+            for lease in self.leases:
+                lease.pass_on()
+        self.leases.clear()
         self.exports.table = ExportTable()
 
     def writes(self, ident: str) -> bool:
@@ -150,6 +158,13 @@ class World:
             images.append(image)
             return image
 
+        make_lease = Lease.__init__
+
+        def made(lease: Lease, *arguments: Any) -> None:
+            make_lease(lease, *arguments)
+            current().leases.append(lease)
+
+        monkeypatch.setattr(Lease, "__init__", made)
         monkeypatch.setattr(manager, "open_image", opened)
         monkeypatch.setattr(locks, "_lock", lock)
         monkeypatch.setattr(host, "this_process", lambda: current().identity())
@@ -164,13 +179,25 @@ class World:
         self.boots[machine] += "+"
 
     def end(self) -> None:
+        """All are killed, and forgotten."""
         for actor in self.actors:
-            if actor.alive:
-                actor.kill()
+            actor.kill()
         self.actors.clear()
 
     def writers(self, ident: str) -> list[Actor]:
         return [actor for actor in self.actors if actor.writes(ident)]
+
+
+@contextmanager
+def hosts(locking: str) -> Iterator[tuple[World, Path]]:
+    """A world and the folder that it shares, for a test that makes many."""
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=memory) as folder:
+        world = World(patch, locking)
+        try:
+            yield world, Path(folder)
+        finally:
+            world.end()
 
 
 def current() -> Actor:

@@ -3,11 +3,9 @@ one holds it afterwards, and whoever thinks so does."""
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from coordinator.contract.errors import BlockError
-from tests.blockd.lease.support import AWAIT, BREAK, Actor, Killed, World, litter, make_files, top
+from tests.blockd.lease.support import AWAIT, BREAK, Actor, Killed, World, hosts, litter, make_files, top
 
 SECONDS = 60
 
@@ -94,8 +92,8 @@ FAST = settings(deadline=None, max_examples=60, suppress_health_check=[HealthChe
 @given(order=ORDERS)
 @FAST
 def test_two_take_it(dead_before: bool, order: Order) -> None:
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        world, files = World(patch, "none"), make_files(Path(folder), "a", "b")
+    with hosts("none") as (world, folder):
+        files = make_files(folder, "a", "b")
         if dead_before:
             dead = Actor(world, "one")
             dead.do(lambda: dead.open(files))
@@ -106,7 +104,7 @@ def test_two_take_it(dead_before: bool, order: Order) -> None:
         assert world.writers("a") == world.writers("b")
         for actor in actors:
             assert actor.do(actor.exports.close_all) == []
-        assert litter(Path(folder)) == []
+        assert litter(folder) == []
 
 
 @pytest.mark.parametrize("dead_before", [False, True])
@@ -114,8 +112,8 @@ def test_two_take_it(dead_before: bool, order: Order) -> None:
 @FAST
 def test_one_acts_on_what_it_saw_long_ago(dead_before: bool, order: Order) -> None:
     """The other takes the lease and changes it several times meanwhile, so that old serials are free."""
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        world, files = World(patch, "none"), make_files(Path(folder), "a")
+    with hosts("none") as (world, folder):
+        files = make_files(folder, "a")
         if dead_before:
             dead = Actor(world, "one")
             dead.do(lambda: dead.open(files))
@@ -135,8 +133,8 @@ def test_one_acts_on_what_it_saw_long_ago(dead_before: bool, order: Order) -> No
 @given(order=ORDERS, what=st.sampled_from(["close", "prepare", "abort", "release", "open"]))
 @FAST
 def test_one_breaks_what_another_is_changing(order: Order, what: str) -> None:
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        world, files = World(patch, "none"), make_files(Path(folder), "a", "b")
+    with hosts("none") as (world, folder):
+        files = make_files(folder, "a", "b")
         one, two = Actor(world, "one"), Actor(world, "two")
         if what != "open":
             one.do(lambda: one.open(files))
@@ -163,8 +161,8 @@ def test_one_breaks_what_another_is_changing(order: Order, what: str) -> None:
 @FAST
 def test_two_destinations(order: Order, killed: int | None, both: bool) -> None:
     """All images go to one of them; where it is killed on the way, none goes to the other by halves."""
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        world, files = World(patch, "none"), make_files(Path(folder), "a", "b")
+    with hosts("none") as (world, folder):
+        files = make_files(folder, "a", "b")
         source, one, two = Actor(world, "one"), Actor(world, "two"), Actor(world, "two")
         source.do(lambda: source.open(files))
         for each in (one, two):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -22,8 +21,6 @@ from coordinator.contract.durable import Folder, seal, unseal
 from coordinator.contract.errors import BlockError, RecordError
 from tests.blockd.lease.support import BREAK, TAKE, Actor, Killed, World, litter, make_files, top
 
-Worlds = Callable[[str], World]
-
 
 def test_a_clean_end_leaves_nothing(world: World, tmp_path: Path) -> None:
     files = make_files(tmp_path, "a", "b")
@@ -37,8 +34,9 @@ def test_a_clean_end_leaves_nothing(world: World, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("locking", ["shared", "local", "none"])
-def test_a_second_vm_is_refused_in_one_line(make_world: Worlds, tmp_path: Path, locking: str) -> None:
-    world, files = make_world(locking), make_files(tmp_path, "a")
+def test_a_second_vm_is_refused_in_one_line(world: World, tmp_path: Path, locking: str) -> None:
+    world.locking = locking
+    files = make_files(tmp_path, "a")
     one, two = Actor(world, "one", "web"), Actor(world, "two")
     one.do(lambda: one.open(files))
     with pytest.raises(BlockError) as refused:
@@ -80,9 +78,10 @@ def test_the_lease_of_a_dead_vm_goes_to_the_next_with_the_next_epoch(world: Worl
 
 @pytest.mark.parametrize("locking", ["shared", "none"])
 def test_the_dead_of_another_host_are_not_known_to_be(
-    make_world: Worlds, tmp_path: Path, locking: str
+    world: World, tmp_path: Path, locking: str
 ) -> None:
-    world, files = make_world(locking), make_files(tmp_path, "a")
+    world.locking = locking
+    files = make_files(tmp_path, "a")
     one = Actor(world, "one")
     one.do(lambda: one.open(files))
     one.kill()
@@ -93,9 +92,10 @@ def test_the_dead_of_another_host_are_not_known_to_be(
     assert world.writers("a") == [two] and top(files["a"]).epoch == 2
 
 
-def test_whoever_lost_the_lease_writes_no_more(make_world: Worlds, tmp_path: Path) -> None:
+def test_whoever_lost_the_lease_writes_no_more(world: World, tmp_path: Path) -> None:
     """Two machines say they are the same VM: the lower epoch is fenced off (hardware-cases, 26)."""
-    world, files = make_world("local"), make_files(tmp_path, "a")
+    world.locking = "local"
+    files = make_files(tmp_path, "a")
     one, two = Actor(world, "one"), Actor(world, "two")
     one.do(lambda: one.open(files))
     image = one.exports.table.named("a").image
@@ -126,8 +126,9 @@ def test_a_broken_lease_needs_the_image_unlocked(world: World, tmp_path: Path) -
     assert world.writers("a") == [one] and top(files["a"]).epoch == 1
 
 
-def test_tools_respect_a_lease(make_world: Worlds, tmp_path: Path) -> None:
-    world, files = make_world("none"), make_files(tmp_path, "a")
+def test_tools_respect_a_lease(world: World, tmp_path: Path) -> None:
+    world.locking = "none"
+    files = make_files(tmp_path, "a")
     one, tool = Actor(world, "one"), Actor(world, "two")
     one.do(lambda: one.open(files))
     with pytest.raises(BlockError, match="is leased to"):

@@ -141,6 +141,20 @@ def test_abort_and_a_client_that_comes_back(daemons: list[Daemon], runtime: Path
     assert litter(tmp_path) == []
 
 
+def test_a_lost_lease_is_told(daemons: list[Daemon], runtime: Path, tmp_path: Path) -> None:
+    file = make_files(tmp_path, "x")["x"]
+    daemon = Daemon(runtime / "s", Export("hd0", file, lease=TAKE))
+    daemons.append(daemon)
+    client = connected(daemon.runtime, "hd0")
+    (tmp_path / "x disk.img.lease-1").rename(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").unlink()
+    assert [write(client, 0, b"1" * 512) for _ in range(2)] == [1, 1]  # EPERM
+    told = daemon.coordinator.notice()
+    assert isinstance(told, messages.LeaseLost) and told.id == "hd0"
+    assert told.error.startswith(f"{file}: the lease is lost (its record was removed)")
+    assert daemon.ask(messages.QueryLeases)[0]["state"] == "lost"  # and it is told once
+
+
 def test_the_device_host_sits_out_a_transfer(
     daemons: list[Daemon], runtime: Path, tmp_path: Path
 ) -> None:
@@ -256,6 +270,16 @@ for _name in ("names", "read", "draft", "publish", "remove", "sync"):
     setattr(Deadly, _name, _deadly(_name))
 
 
+#: in this process
+SIDES: list[Side] = []
+
+
+def end_sides() -> None:
+    for side in SIDES:
+        side.exports.close_all()
+    SIDES.clear()
+
+
 class Side:
     """The leased exports of one process."""
 
@@ -263,6 +287,7 @@ class Side:
         self.exports = LeasedExports(ExportTable(), Owner("", "vm"), Deadly if deadly else Folder)
         self.exports.open_all([Export(name, file, lease=lease) for name, file in files.items()])
         self.source, self.target = Source(self.exports), Destination(self.exports)
+        SIDES.append(self)
 
     def writes(self) -> bool:
         for name in ("a", "b"):
@@ -317,6 +342,7 @@ def test_sources_killed_at_every_step(tmp_path: Path) -> None:
             assert target.writes()
             with pytest.raises(BlockError, match="locked"):
                 Side(files, TAKE)
+        end_sides()
         if not status:
             break
     assert outcomes == {"kept", "released"}
@@ -337,5 +363,6 @@ def test_destinations_killed_at_every_step(tmp_path: Path) -> None:
         last = Side(files, BREAK)  # the destination is gone, its user says
         assert last.writes() and top(files["a"]).epoch >= 2
         assert last.exports.close_all() == [] and not list(folder.glob("*.lease-*"))
+        end_sides()
         if not status:
             break

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from blockd.lease.slot import Slot
 from coordinator.contract.errors import BlockError
-from tests.blockd.lease.support import AWAIT, BREAK, TAKE, Actor, Killed, World, litter, make_files
+from tests.blockd.lease.support import AWAIT, BREAK, TAKE, Actor, Killed, hosts, litter, make_files
 
 #: before which file operation the process is killed
 KILL = st.one_of(st.none(), st.none(), st.none(), st.integers(0, 60))
@@ -38,15 +35,14 @@ class Hosts(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.patch = pytest.MonkeyPatch()
-        self.folder = Path(tempfile.mkdtemp(dir="/dev/shm"))
-        self.files = make_files(self.folder, "a", "b")
+        self.stack = ExitStack()
         #: transfer -> the epoch that its prepare answered last
         self.epochs: dict[str, int] = {}
 
     @initialize(locking=st.sampled_from(["shared", "local", "none"]))
     def begin(self, locking: str) -> None:
-        self.world = World(self.patch, locking)
+        self.world, self.folder = self.stack.enter_context(hosts(locking))
+        self.files = make_files(self.folder, "a", "b")
 
     def attempt(self, actor: Actor, what: Callable[[], Any], kill: int | None) -> Any:
         """None when it was refused, or killed."""
@@ -143,16 +139,13 @@ class Hosts(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Whatever has happened, the user can have the images back, and nothing is left beside them."""
-        try:
+        with self.stack:
             self.world.end()
             last = Actor(self.world, "one")
             last.do(lambda: last.open(self.files, BREAK))
             assert last.writes("a") and last.writes("b")
             assert last.do(last.exports.close_all) == []
             assert not [name for name in litter(self.folder) if ".lease-" in name]
-        finally:
-            self.patch.undo()
-            shutil.rmtree(self.folder)
 
 
 TestHosts = Hosts.TestCase
