@@ -28,9 +28,8 @@ COUNT_BITS = 5
 ALL = (1 << COUNT) - 1
 ALL_ZERO = ALL << COUNT
 
-_ALL, _HALF = np.uint64(ALL), np.uint64(COUNT)
+_ALL, _ALL_ZERO, _HALF, _ONE = np.uint64(ALL), np.uint64(ALL_ZERO), np.uint64(COUNT), np.uint64(1)
 _COMPRESSED, _OFFSET = np.uint64(COMPRESSED), np.uint64(OFFSET)
-_NUMBERS = np.arange(COUNT, dtype=np.uint64)
 
 
 def span(first: int, end: int) -> int:
@@ -92,33 +91,37 @@ def runs(
     """(kind, position, bytes, host offset or compressed entry) of the bytes ``low`` to ``high`` of
     ``count`` clusters from entry ``first`` on; positions count from the first cluster's begin. Runs of data
     lie in a row in the host, and so do those that have a host cluster behind their zeroes."""
-    entries = table.entries[first : first + count, None]
-    bitmaps = table.bitmaps[first : first + count, None]
-    shift = layout.bits - COUNT_BITS
-    found = np.where(bitmaps >> (_NUMBERS + _HALF) & np.uint64(1) != 0, ZEROES, UNALLOCATED).astype(np.int8)
-    found[bitmaps >> _NUMBERS & np.uint64(1) != 0] = DATA
-    found[np.broadcast_to(entries & _COMPRESSED != 0, found.shape)] = PACKED
-    has_host = entries & np.uint64(layout.allocated) != 0
-    places = np.where(has_host, (entries & _OFFSET) + (_NUMBERS << np.uint64(shift)), np.uint64(0))
-    kinds = found.reshape(-1)
-    where = places.reshape(-1)
-    begin, end = low >> shift, -(-high >> shift)
-    kinds, where = kinds[begin:end], where[begin:end]
-    edges = kinds[1:] != kinds[:-1]
-    step = np.where(where[1:] != 0, np.uint64(1 << shift), np.uint64(0))
-    edges |= (kinds[1:] != PACKED) & (where[1:] - where[:-1] != step)
-    edges[COUNT - 1 - begin % COUNT :: COUNT] |= kinds[1:][COUNT - 1 - begin % COUNT :: COUNT] == PACKED
-    starts = [0, *(np.flatnonzero(edges) + 1).tolist(), end - begin]
+    entries, bitmaps = table.entries[first : first + count], table.bitmaps[first : first + count]
+    size, shift = 1 << layout.bits, layout.bits - COUNT_BITS
+    # a cluster that is all of one kind is one piece, any other one is 32
+    whole = (bitmaps == 0) | (bitmaps == _ALL) | (bitmaps == _ALL_ZERO)
+    pieces = np.where(whole, 1, COUNT)
+    ends = np.cumsum(pieces)
+    cluster = np.repeat(np.arange(count), pieces)
+    number = np.arange(int(ends[-1])) - np.repeat(ends - pieces, pieces)
+    position = (cluster << layout.bits) + (number << shift)
+    sizes = np.where(whole[cluster], size, 1 << shift)
+    inside = slice(np.searchsorted(position, low, "right") - 1, np.searchsorted(position, high))
+    cluster, number, position, sizes = cluster[inside], number[inside], position[inside], sizes[inside]
+
+    entry, bits = entries[cluster], bitmaps[cluster] >> number.astype(np.uint64)
+    kinds = np.where(bits >> _HALF & _ONE != 0, ZEROES, UNALLOCATED)
+    kinds[bits & _ONE != 0] = DATA
+    kinds[entry & _COMPRESSED != 0] = PACKED
+    places = ((entry & _OFFSET) + (number << shift).astype(np.uint64)).astype(np.int64)
+    places[entry & np.uint64(layout.allocated) == 0] = 0
+    edges = (kinds[1:] != kinds[:-1]) | (kinds[1:] == PACKED)
+    placed = places != 0
+    edges |= (placed[1:] != placed[:-1]) | placed[1:] & (places[1:] - places[:-1] != sizes[:-1])
+    starts = [0, *(np.flatnonzero(edges) + 1).tolist()]
+    stops = [*position[starts[1:]].tolist(), high]
     result = []
-    for start, stop in zip(starts, starts[1:], strict=False):
-        at = max(low, (begin + start) << shift)
-        size = min(high, (begin + stop) << shift) - at
-        run_kind = int(kinds[start])
+    for start, stop in zip(starts, stops, strict=True):
+        begin = int(position[start])
+        at, run_kind, place = max(low, begin), int(kinds[start]), int(places[start])
         if run_kind == PACKED:
-            place = int(table.view[first + (at >> layout.bits)])
-        else:
-            place = int(where[start])
-            if place or (layout.external and run_kind == DATA):
-                place += at - ((begin + start) << shift)
-        result.append((run_kind, at, size, place))
+            place = int(entry[start])
+        elif place or (layout.external and run_kind == DATA):
+            place += at - begin
+        result.append((run_kind, at, stop - at, place))
     return result

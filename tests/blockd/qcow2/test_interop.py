@@ -5,10 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from blockd.qcow2 import refcounts
 from blockd.qcow2.check import check
 from blockd.qcow2.create import Options, create
+from blockd.qcow2.extended import MOST_UNTOUCHED, ExtendedMapping
 from blockd.qcow2.image import Qcow2Image
+from blockd.qcow2.tables import CACHE_BYTES
 from tests.blockd.qcow2.support import SHAPES, Model, make, ours, qemu_check, qemu_reads, read
+from tests.blockd.qcow2.test_img import both_json, img, qemu_img
 from tests.support.tools import run_tool
 
 SIZE = (8 << 20) + 3 * 512
@@ -174,18 +178,72 @@ def test_lazy_refcounts_of_a_killed_writer_are_repaired_on_opening(tmp_path: Pat
     image.close()
     image = Qcow2Image(file)
     assert read(image) == b"\x07" * (1 << 20) + bytes(3 << 20)
-    assert not image.header.incompatible & 1
+    assert not image.header.incompatible & 1 and image.header.compatible & 1
     image.close()
     qemu_check(file)
 
 
-def test_a_disk_of_a_tebibyte_takes_little(tmp_path: Path) -> None:
-    file = str(tmp_path / "disk.qcow2")
-    create(file, Options(1 << 40))
+@pytest.mark.parametrize("how", ["leaks", "all"])
+def test_lazy_refcounts_are_repaired_and_stay(tmp_path: Path, how: str) -> None:
+    """As by qemu-img: "all" counts again and takes the mark off, and the feature stays."""
+    files = {tool: str(tmp_path / f"{tool}.qcow2") for tool in ("ours", "theirs")}
+    for file in files.values():
+        options = "lazy_refcounts=on,extended_l2=on"
+        run_tool("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, file, "4M")
+        script = "write -q -P 7 0 1M", "flush", "sigraise 9"
+        words = (word for line in script for word in ("-c", line))
+        run_tool("qemu-io", "-f", "qcow2", *words, file, status=None)
+        assert both_json("info", "--output=json", file)["dirty-flag"]
+        assert img("info", file).count("cleanly shut down: no") == 1
+    status = 0 if how == "all" else 2
+    img("check", "-r", how, files["ours"], status=status)
+    told = both_json("info", "--output=json", files["ours"])
+    assert told["dirty-flag"] == (how == "leaks")
+    assert told["format-specific"]["data"]["lazy-refcounts"]
+    if how == "all":
+        qemu_img("check", "-r", how, files["theirs"])
+        assert img("check", files["ours"]) == qemu_img("check", files["ours"])
+        assert img("compare", *files.values()) == "Images are identical.\n"
+
+
+def test_lazy_refcounts_stay_right(tmp_path: Path) -> None:
+    """With the feature on, our writer leaves nothing to be repaired: the bit is never set, whenever it is
+    killed."""
+    file = make(tmp_path / "disk.qcow2", 4 << 20, lazy_refcounts=True)
     image = Qcow2Image(file)
-    for gib in range(0, 1024, 64):
-        image.write(gib << 30, b"x" * 512)
-    assert sum(extent.length for extent in image.extents(0, 1 << 40)) == 1 << 40
-    assert sum(extent.length for extent in image.extents(0, 1 << 40) if not extent.zero) == 16 * 65536
+    image.write(0, b"x" * (1 << 20))
+    image.flush()
+    copy = tmp_path / "killed.qcow2"
+    copy.write_bytes(Path(file).read_bytes())  # what SIGKILL would leave
     image.close()
-    assert qemu_check(file)["allocated-clusters"] == 16
+    assert both_json("info", "--output=json", str(copy))["dirty-flag"] is False
+    qemu_check(str(copy), leaks_allowed=True)
+
+
+@pytest.mark.parametrize("extended", [False, True])
+def test_a_disk_of_a_tebibyte_takes_little(tmp_path: Path, extended: bool) -> None:
+    """Clusters far apart, each with an L2 table of its own: more tables than are kept, and what is kept of
+    tables, refcounts and empty subclusters stays within its bounds."""
+    file = str(tmp_path / "disk.qcow2")
+    create(file, Options(1 << 40, extended_l2=extended))
+    image = Qcow2Image(file)
+    assert 65536 << image.mapping.layout.l2_bits <= 512 << 20
+    places = range(0, 1 << 40, 512 << 20)
+    assert len(places) > 2 * (CACHE_BYTES >> 16)
+    for number in places:
+        image.write(number, b"x" * 512)
+        assert len(image.mapping._cache) <= CACHE_BYTES >> 16
+    assert len(image.refcounts._cache) << 17 <= refcounts.CACHE_BYTES
+    for number in reversed(places):
+        assert read(image, number, 1024) == b"x" * 512 + bytes(512)
+    assert len(image.mapping._cache) <= CACHE_BYTES >> 16
+    kept = sum(table.entries.nbytes + table.bitmaps.nbytes for table in image.mapping._cache.values())
+    assert kept <= CACHE_BYTES
+    if isinstance(image.mapping, ExtendedMapping):
+        assert len(image.mapping.untouched) <= MOST_UNTOUCHED
+    assert sum(extent.length for extent in image.extents(0, 1 << 40)) == 1 << 40
+    used = len(places) * (2048 if extended else 65536)
+    assert sum(extent.length for extent in image.extents(0, 1 << 40) if not extent.zero) == used
+    assert len(image.mapping._cache) <= CACHE_BYTES >> 16
+    image.close()
+    assert qemu_check(file)["allocated-clusters"] == len(places)
