@@ -50,6 +50,13 @@ class Run(NamedTuple):
     entry: int
 
 
+def _any_in(ordered: Entries, others: Entries) -> bool:
+    """Is any of ``others`` among ``ordered``, which is not empty?"""
+    at = np.searchsorted(ordered, others)
+    at[at == len(ordered)] = 0
+    return bool((ordered[at] == others).any())
+
+
 class L2Table:
     """One L2 table in memory: as an array, and as a view of it that is quick for single entries. Extended
     entries have a bitmap each: see subclusters.py."""
@@ -228,7 +235,7 @@ class Mapping:
         if not self._file.read_only:
             used = np.unique(offsets[offsets != 0])
             tables = self.l1 & _OFFSET
-            if len(used) and (np.isin(used, tables).any() or self._points_at_tables(used)):
+            if len(used) and (_any_in(used, tables) or self._points_at_tables(used)):
                 raise self._damaged(f"L2 table {index} points at metadata")
             # a write there would make the file as large as the entry says
             if len(used) and used[-1] > np.uint64(self._file.size() + self.layout.size):
@@ -256,7 +263,7 @@ class Mapping:
             if inside.any():
                 return True
         blocks = self._refcounts.table
-        return bool(np.isin(used, blocks[blocks != 0]).any())
+        return _any_in(used, blocks[blocks != 0])
 
     def holds_table(self, first: int, count: int) -> bool:
         """Does any of these host clusters hold the header or a table that is in use?"""
