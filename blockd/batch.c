@@ -147,31 +147,41 @@ static uint32_t reply_size(const struct batch *batch, const struct batch_request
     return (batch->structured ? CHUNK_SIZE + OFFSET_SIZE : SIMPLE_SIZE) + request->length;
 }
 
+/* The request at this place of the input, and where the next one is; 0 when it is not whole, or more than a
+ * read or write of bytes of the disk. */
+static uint32_t parse(const struct batch *batch, uint32_t at, struct batch_request *request)
+{
+    if (batch->end - at < REQUEST_SIZE)
+        return 0;
+    const uint8_t *head = batch->input + at;
+    uint16_t flags = get16(head + 4), command = get16(head + 6);
+    *request = (struct batch_request){
+        .cookie = get64(head + 8),
+        .offset = get64(head + 16),
+        .length = get32(head + 24),
+        .payload = at + REQUEST_SIZE,
+        .writes = command == COMMAND_WRITE,
+    };
+    if (get32(head) != REQUEST_MAGIC || flags || (command != COMMAND_READ && command != COMMAND_WRITE))
+        return 0;
+    if (!request->length || request->length > batch->size || request->offset > batch->size - request->length)
+        return 0;
+    if (!request->writes)
+        return request->payload;
+    if (request->offset < batch->writes_from || batch->end - request->payload < request->length)
+        return 0;
+    return request->payload + request->length;
+}
+
 uint32_t batch_plan(struct batch *batch, const struct batch_tables *tables)
 {
     uint32_t at = batch->begin, ready = batch->ready;
     struct place place = {batch->segments, 0, 0};
     batch->planned = 0;
-    while (batch->planned < BATCH_REQUESTS && ready < batch->enough && batch->end - at >= REQUEST_SIZE) {
-        const uint8_t *head = batch->input + at;
-        uint16_t flags = get16(head + 4), command = get16(head + 6);
+    while (batch->planned < BATCH_REQUESTS && ready < batch->enough) {
         struct batch_request *request = &batch->requests[batch->planned];
-        *request = (struct batch_request){
-            .cookie = get64(head + 8),
-            .offset = get64(head + 16),
-            .length = get32(head + 24),
-            .payload = at + REQUEST_SIZE,
-            .writes = command == COMMAND_WRITE,
-        };
-        if (get32(head) != REQUEST_MAGIC || flags || (command != COMMAND_READ && command != COMMAND_WRITE))
-            break;
-        if (!request->length || request->length > batch->size ||
-            request->offset > batch->size - request->length)
-            break;
-        if (request->writes &&
-            (request->offset < batch->writes_from || batch->end - request->payload < request->length))
-            break;
-        if (request->length > batch->output_size ||
+        uint32_t next = parse(batch, at, request);
+        if (!next || request->length > batch->output_size ||
             reply_size(batch, request) > batch->output_size - ready)
             break;
         place.first = place.next;
@@ -179,9 +189,18 @@ uint32_t batch_plan(struct batch *batch, const struct batch_tables *tables)
             break;
         request->segments = place.next - place.first;
         ready += reply_size(batch, request);
-        at = request->payload + (request->writes ? request->length : 0);
+        at = next;
         batch->planned++;
     }
+    return batch->planned;
+}
+
+uint32_t batch_peek(struct batch *batch)
+{
+    uint32_t at = batch->begin;
+    batch->planned = 0;
+    while (batch->planned < BATCH_REQUESTS && (at = parse(batch, at, &batch->requests[batch->planned])))
+        batch->planned++;
     return batch->planned;
 }
 

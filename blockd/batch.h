@@ -68,5 +68,9 @@ struct batch {
 /* Plan as many requests as are plain; tables is NULL for a raw image. Returns their number. */
 uint32_t batch_plan(struct batch *batch, const struct batch_tables *tables);
 
+/* Note, as far as they are reads and writes without flags that lie on the disk, the requests that wait, without
+ * asking where their bytes lie; none of them can be run. Returns their number. */
+uint32_t batch_peek(struct batch *batch);
+
 /* Do what was planned. Returns how many requests were done. */
 uint32_t batch_run(struct batch *batch);

@@ -6,6 +6,7 @@ of the rest. An image that can say where its bytes lie offers a ``Direct``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from blockd._batch import ffi, lib
@@ -31,11 +32,12 @@ class Batch:
         self.c.size = size
         self.c.structured = structured
 
-    def written(self) -> list[tuple[int, int]]:
-        """(offset, bytes) of the writes that are planned."""
-        requests = self.c.requests
-        planned = (requests[number] for number in range(self.c.planned))
-        return [(request.offset, request.length) for request in planned if request.writes]
+    def written(self) -> Iterator[tuple[int, int]]:
+        """(offset, bytes) of the writes among the planned requests."""
+        for number in range(self.c.planned):
+            request = self.c.requests[number]
+            if request.writes:
+                yield request.offset, request.length
 
 
 class Direct(Protocol):

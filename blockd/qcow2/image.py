@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from blockd.qcow2.header import Autoclear, ExtensionType, Header, Incompatible
 from blockd.qcow2.refcounts import Clusters, Refcounts
 from blockd.qcow2.tables import DATA, OFFSET, PACKED, UNALLOCATED, ZEROES, Mapping
 from blockd.qcow2.tracking import Tracker
-from blockd.qcow2.writer import Writer
+from blockd.qcow2.writer import MOST_CONDEMNED, Writer
 from coordinator.contract.errors import BlockError
 
 log = logging.getLogger(__name__)
@@ -37,9 +37,6 @@ OpenFile = Callable[[str, bool], HostFile]
 
 #: (kind, position in the request, bytes, host offset or compressed entry)
 Piece = tuple[int, int, int, int]
-
-#: clusters that may wait for the client's flush before one is made
-MOST_CONDEMNED = 8192
 
 _KNOWN_AUTOCLEAR = int(Autoclear.BITMAPS | Autoclear.RAW_DATA_FILE)
 
@@ -208,8 +205,7 @@ class Qcow2Image(Image):
             self.leave(epoch)
 
     def direct(self) -> Direct | None:
-        watched = type(self.data) is not HostFile  # whoever watches the file must see each change
-        return None if watched or not self.mapping.plain else DirectClusters(self)
+        return DirectClusters(self) if self.mapping.plain else None
 
     def _locate(self, offset: int, length: int) -> list[Piece]:
         """Where a range lies. The lock is held."""
@@ -345,6 +341,11 @@ class Qcow2Image(Image):
 
     def resize(self, size: int) -> None:
         operations.resize(self, size)
+
+    def settle(self, ranges: Iterable[tuple[int, int]]) -> bool:
+        """Give clusters that are about to be written in part places of their own, with what they hold, at
+        one cost for all. The lock is held. False when that is not called for; OSError when it failed."""
+        return self._writer.settle(ranges)
 
     def condemn(self, clusters: Clusters) -> None:
         """Clusters to count down (sorted) after the next flush; with the lock held."""

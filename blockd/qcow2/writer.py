@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from blockd.qcow2.image import Qcow2Image
 
 _ZEROES = memoryview(bytes(1 << 20))
+#: bytes of clusters that are copied with one sync
+SETTLED_AT_ONCE = 2 << 20
+#: clusters that may wait for the client's flush before one is made
+MOST_CONDEMNED = 8192
 #: of these bits, only COPIED is set in the entry of a cluster that is written in place
 _IN_PLACE = COPIED | COMPRESSED | ZERO
 
@@ -47,6 +51,9 @@ class Writer:
         self._table_bits = image.mapping.layout.l2_bits
         #: where the next compressed cluster may go: behind the last one, in its host cluster
         self._packed_at = 0
+        #: the content of a cluster that is being copied
+        self._content_numbers = np.empty(self._size // 8, np.uint64)
+        self._content_bytes = memoryview(self._content_numbers).cast("B")  # type: ignore[arg-type]
         self._external = image.mapping.layout.external
         #: the external data file must always read as the disk does
         self._raw_data = bool(image.header.autoclear & Autoclear.RAW_DATA_FILE)
@@ -210,10 +217,84 @@ class Writer:
             return None
         return data if np.frombuffer(data, np.uint8).any() else None
 
+    def _content(self, offset: int, entry: int) -> memoryview | None:
+        """What the cluster of ``entry``, at ``offset`` of the disk, holds, until the next call; None when
+        that is zeroes."""
+        image, view = self._image, self._content_bytes
+        kind = image.mapping.kind(entry)
+        if kind == DATA:
+            image.data.read_into(entry & OFFSET, view)
+        elif kind == PACKED:
+            view[:] = image.unpack(entry)
+        elif kind == UNALLOCATED and image.backing is not None:
+            from blockd.qcow2.image import read_below
+
+            read_below(image.backing, offset, view)
+        else:
+            return None
+        return view if self._content_numbers.any() else None
+
     def _condemn_entries(self, old: Entries) -> None:
         if old.any():
             self._packed_at = 0  # its cluster may be among them
             self._image.condemn(self._image.mapping.layout.clusters_of(old))
+
+    def settle(self, ranges: Iterable[tuple[int, int]]) -> bool:
+        """Give each cluster that one of these (offset, bytes) is a part of a place of its own, with what it
+        holds, so that it can be written in place. One sync serves all copies. False, and nothing is done,
+        when the first one needs no such thing, or images like this one cannot have it. The lock is held."""
+        image, bits, table_mask = self._image, self._bits, (1 << self._table_bits) - 1
+        if self._external or not image.mapping.plain or image.condemned_count > MOST_CONDEMNED:
+            return False
+        most = max(1, SETTLED_AT_ONCE >> bits)
+        clusters: dict[int, L2Table] = {}
+        for offset, length in ranges:
+            cluster = offset >> bits
+            if length < self._size and (offset + length - 1) >> bits == cluster and cluster not in clusters:
+                table = self._writable(cluster >> self._table_bits)
+                if table.view[cluster & table_mask] & _IN_PLACE != COPIED:
+                    clusters[cluster] = table
+            if not clusters or len(clusters) == most:
+                break
+        if clusters:
+            self._settle(clusters)
+        return bool(clusters)
+
+    def _settle(self, clusters: dict[int, L2Table]) -> None:
+        """The same for guest clusters with their tables."""
+        image, bits, table_mask = self._image, self._bits, (1 << self._table_bits) - 1
+        old = [table.view[cluster & table_mask] for cluster, table in clusters.items()]
+        hosts: list[int] = []
+        try:
+            while len(hosts) < len(clusters):
+                first, count = image.refcounts.take(len(clusters) - len(hosts))
+                hosts += range(first, first + count)
+            copied = False
+            if image.backing is not None:
+                for cluster, entry in zip(clusters, old, strict=True):
+                    start = cluster << bits
+                    if not entry and start < image.backing.size:
+                        image.backing.prefetch(start, min(self._size, image.backing.size - start))
+            for host, cluster, entry in zip(hosts, clusters, old, strict=True):
+                content = self._content(cluster << bits, entry)
+                if content is not None:
+                    image.host.write(host << bits, content)
+                    copied = True
+            if copied:
+                image.host.sync()
+        except OSError:
+            image.condemn(np.array(sorted(hosts), np.int64))
+            raise
+        done = 0
+        try:
+            for host, (cluster, table) in zip(hosts, clusters.items(), strict=True):
+                at = cluster & table_mask
+                image.mapping.store_one(cluster >> self._table_bits, table, at, host << bits | COPIED)
+                done += 1
+        finally:
+            self._condemn_entries(np.array(old[:done], np.uint64))
+            # after a failed write nobody knows whether its cluster is pointed at: it is leaked
+            image.condemn(np.array(sorted(hosts[done + 1 :]), np.int64))
 
     # ---- zeroes ----------------------------------------------------------------------------------
     def write_zeroes(self, offset: int, length: int, unmap: bool, fast: bool) -> None:

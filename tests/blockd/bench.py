@@ -24,7 +24,7 @@ SIZE = 1 << 30
 
 
 def run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 class Servers:
@@ -131,6 +131,8 @@ class Bench:
             for which in order:
                 image = self.full if make is None else make()
                 server = (self.servers.ours, self.servers.theirs)[which]
+                for file in (image, self.base):  # into the page cache
+                    subprocess.run(["cat", file], check=True, stdout=subprocess.DEVNULL)
                 found[which].append(self.servers.measure(server(image), work))
         return statistics.median(found[0]), statistics.median(found[1])
 
