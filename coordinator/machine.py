@@ -33,7 +33,7 @@ from coordinator.contract.config import (
     control_endpoint,
     export_of,
 )
-from coordinator.contract.errors import AtollError, IslandError, MessageError
+from coordinator.contract.errors import IslandError, MessageError
 from coordinator.contract.island import router
 from coordinator.contract.segment import Segment
 from coordinator.islands import Island
@@ -116,6 +116,8 @@ class Vm:
         self._lock = asyncio.Lock()
         #: held while media are being exchanged
         self.media_lock = asyncio.Lock()
+        #: no medium is exchanged: a migration goes by what is there
+        self.media_held = False
         self._tasks: set[asyncio.Task[None]] = set()
         #: what the guest has asked for and not been given
         self._wishes: list[messages.GuestReset | messages.GuestShutdown] = []
@@ -349,9 +351,10 @@ class Vm:
             await self._grant()
 
     async def _grant(self) -> None:
-        """Resets and shutdowns that the guest has asked for. The lock is held."""
+        """Resets and shutdowns that the guest has asked for; one that fails or is cancelled half-way is done
+        again. The lock is held."""
         while self._wishes and self.state not in AWAY:
-            match self._wishes.pop(0):
+            match self._wishes[0]:
                 case messages.GuestReset(reason=reason):
                     cause = reason if reason in RESET_CAUSES else "guest-reset"
                     if self.options.no_reboot:
@@ -360,6 +363,7 @@ class Vm:
                         await self._reset(True, cause)
                 case messages.GuestShutdown(reason=reason, status=status):
                     await self._shut_down(reason, status)
+            del self._wishes[0]
 
     async def _shut_down(self, reason: str, status: int) -> None:
         if self.state == "running":
@@ -440,14 +444,11 @@ class Vm:
         may fail."""
         async with self._lock:
             self._not_away()
-            if self.state == "running":
+            runs = self.state == "running"
+            if runs:
                 await self._pause(step)
-                try:
-                    await self._obey_held()
-                except BaseException:
-                    if self.state == "running" and not self.ending.done():
-                        await self._run()
-                    raise
+            if self._wishes:
+                await self._grant_held(runs)
             runstate = self.state
             frozen = Frozen(runstate, time.time_ns())
             self.state = LEAVING
@@ -458,15 +459,21 @@ class Vm:
                 if self.state == "running" and not self.ending.done():
                     await self._run()
 
-    async def _obey_held(self) -> None:
-        """What the guest asked for before it stood still happens here, not where it goes."""
-        if not self._wishes:
-            return
-        self.state = "paused"
-        await self._grant()
-        if self.ending.done():
-            raise IslandError("the guest has shut down")
-        if self.state == "paused":
+    async def _grant_held(self, runs: bool) -> None:
+        """What the guest asked for before it stood still happens here, not where it goes. ``runs``: but for
+        us it would be running."""
+        try:
+            if runs:
+                self.state = "paused"
+            await self._grant()
+            if self.ending.done():
+                raise IslandError("the guest has shut down")
+        except BaseException:
+            if runs and not self.ending.done():
+                self.state = "running"
+                await self._run()
+            raise
+        if runs and self.state == "paused":
             self.state = "running"
 
     async def paused_command(self, role: str, command: messages.Command) -> Any:

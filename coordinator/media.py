@@ -34,6 +34,8 @@ def _removable(vm: Vm, name: str) -> Drive:
     found = drive(vm, name)
     if found.media is not Media.CDROM:
         raise IslandError(f"Device '{name}' is not removable")
+    if vm.media_held:
+        raise IslandError(f"Device '{name}': media stay as they are while a migration is under way")
     return found
 
 

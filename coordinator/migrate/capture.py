@@ -7,7 +7,7 @@ record and nobody else's.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, cast
 
 import msgspec
 
@@ -47,7 +47,7 @@ class MachineState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Packed records; ``devices`` by host and device name, ``vcpus`` by index. ``runstate`` is that before
     the migration. ``drives``: what the stream says of each drive, see messages.QueryDrives."""
 
-    runstate: str
+    runstate: Literal["running", "paused", "prelaunch", "shutdown"]
     time: bytes
     fabric: bytes
     devices: dict[str, dict[str, bytes]]
@@ -68,7 +68,7 @@ async def capture(vm: Vm, runstate: str, stopped_at_ns: int) -> MachineState:
     ]
     vcpus = [await vm.command(role, messages.SaveState(serial=vm.next_serial())) for role in vm.vcpus]
     return MachineState(
-        runstate=runstate,
+        runstate=cast(Any, runstate),
         time=pack(
             TimeRecord(
                 guest_ns=int(time.guest_ns),

@@ -1,7 +1,6 @@
 """Faults at named points of a migration, for experiments: ``migrate-set-parameters x-fault=POINT=WHAT``.
 
-A point is the name of a phase (before it), or the name with ``.done`` (behind it); source.py and target.py
-list them.
+A point is the name of a phase (before it), or the name with ``.done`` (behind it).
 """
 
 from __future__ import annotations
@@ -15,6 +14,12 @@ from dataclasses import dataclass
 from coordinator.contract.errors import ConfigError, MigrationError
 
 KINDS = ("kill", "fail", "cut", "delay", "lose", "double")
+#: points of the source (before a phase; with ".done", behind it) and of the target
+_PHASES = ("negotiate", "drain", "stop", "settle", "send", "verify", "release", "resume")
+_TARGET = tuple(f"target.{step}" for step in ("negotiate", "receive", "load", "verify", "resume"))
+POINTS = (*_PHASES, "quiesce", *(f"{phase}.done" for phase in _PHASES), *_TARGET)
+#: points at which something is said that can be lost or come twice
+SAYING = ("negotiate", "verify", "resume", "target.accept", "target.verify", "target.resume")
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,9 @@ class Fault:
             or (kind == "delay" and not delays)
         ):
             raise ConfigError(f"x-fault {text}: is not POINT=WHAT with one of {', '.join(KINDS)} (delay:MS)")
+        points = SAYING if kind in ("lose", "double") else POINTS
+        if point not in points:
+            raise ConfigError(f"x-fault {text}: the points for {kind} are {', '.join(points)}")
         return Fault(point, kind, int(number) if delays else 0)
 
     async def at(self, point: str, cut: Callable[[], None]) -> None:

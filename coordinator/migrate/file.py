@@ -6,25 +6,25 @@ state.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable
 from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
 from coordinator.contract.errors import MigrationError
 from coordinator.machine import Frozen, Vm
-from coordinator.migrate import describe, ram, stream
+from coordinator.migrate import channel, describe, ram, stream
 from coordinator.migrate.capture import MachineState, TimeRecord, apply, capture
 from coordinator.migrate.ram import Counts
 from coordinator.migrate.stream import Part
 
 
-@contextlib.contextmanager
-def created(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears at ``path`` when all has gone well; MigrationError where it cannot be written."""
+@contextlib.asynccontextmanager
+async def created(path: Path) -> AsyncIterator[BinaryIO]:
+    """A file that appears at ``path`` when all has gone well, and with nothing waited for after that;
+    MigrationError where it cannot be written."""
     half = path.with_name(path.name + ".part")
     try:
         file = FileIO(os.open(half, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w")
@@ -33,13 +33,19 @@ def created(path: Path) -> Iterator[BinaryIO]:
     try:
         with file:
             yield file
-            os.fsync(file.fileno())
+            await _apart(lambda: os.fsync(file.fileno()))
         os.replace(half, path)
     except BaseException as error:
-        half.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            half.unlink()
         if isinstance(error, OSError):
             raise MigrationError(f"{path}: cannot be written: {error.strerror}") from None
         raise
+
+
+async def _apart(job: Callable[[], None], abandon: Callable[[], None] = lambda: None) -> None:
+    """In a thread, which has ended when this has, also by a cancel: the file is closed next."""
+    await channel.side_by_side([job], abandon)
 
 
 def opened(path: Path) -> BinaryIO:
@@ -54,13 +60,21 @@ async def write(vm: Vm, frozen: Frozen, file: BinaryIO, where: str) -> Counts:
     """Description, state, memory of a frozen machine."""
     segment = vm.segment
     assert segment is not None
-    await asyncio.to_thread(_put, file, stream.encode(Part.DESCRIPTION, await describe.describe(vm)))
+    description = await describe.describe(vm)
     state = await capture(vm, frozen.runstate, frozen.stopped_at_ns)
-    await asyncio.to_thread(_put, file, stream.encode(Part.STATE, state))
-    await asyncio.to_thread(_put, file, stream.encode(Part.RAM, None))
     sender = ram.Sender(segment)
-    await asyncio.to_thread(sender.run, file.fileno(), where)
-    await asyncio.to_thread(_put, file, stream.encode(Part.END, None))
+
+    def put() -> None:
+        _put(file, stream.encode(Part.DESCRIPTION, description))
+        _put(file, stream.encode(Part.STATE, state))
+        _put(file, stream.encode(Part.RAM, None))
+        sender.run(file.fileno(), where)
+        _put(file, stream.encode(Part.END, None))
+
+    def abandon() -> None:
+        sender.cancelled = True
+
+    await _apart(put, abandon)
     return sender.counts
 
 
@@ -75,13 +89,21 @@ async def read(vm: Vm, file: BinaryIO, where: str) -> tuple[MachineState, TimeRe
     is wrong."""
     segment = vm.segment
     assert segment is not None
-    theirs = await asyncio.to_thread(stream.read, file, Part.DESCRIPTION, describe.Description, where)
-    if differences := describe.differences(theirs, await describe.describe(vm)):
-        raise MigrationError(f"{where}: does not fit this machine: {'; '.join(differences)}")
-    state = await asyncio.to_thread(stream.read, file, Part.STATE, MachineState, where)
-    await asyncio.to_thread(stream.read, file, Part.RAM, type(None), where)
-    segment.empty_memory()
-    receiver = ram.Receiver(segment)
-    await asyncio.to_thread(receiver.run, file.fileno(), where)
-    await asyncio.to_thread(stream.read, file, Part.END, type(None), where)
-    return state, await apply(vm, state)
+    here = await describe.describe(vm)
+    found: list[MachineState] = []
+
+    def get() -> None:
+        theirs = stream.read(file, Part.DESCRIPTION, describe.Description, where)
+        if differences := describe.differences(theirs, here):
+            raise MigrationError(f"{where}: does not fit this machine: {'; '.join(differences)}")
+        state = stream.read(file, Part.STATE, MachineState, where)
+        stream.read(file, Part.RAM, type(None), where)
+        segment.empty_memory()
+        ram.Receiver(segment).run(file.fileno(), where)
+        stream.read(file, Part.END, type(None), where)
+        if file.read(1):
+            raise MigrationError(f"{where}: goes on behind its end")
+        found.append(state)
+
+    await _apart(get)
+    return found[0], await apply(vm, found[0])

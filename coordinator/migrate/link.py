@@ -10,6 +10,8 @@ import asyncio
 import contextlib
 import logging
 import os
+import socket
+import stat
 from typing import Any
 
 import msgspec
@@ -28,8 +30,18 @@ log = logging.getLogger(__name__)
 RECONNECT_MS = 20
 #: a peer that holds a dead connection for alive is told apart after so long, milliseconds
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 1000, 5000
+#: for how long a target that is just starting may refuse to be connected to, seconds
+REFUSED_SECONDS = 1.0
 #: a message larger than this is dropped with its connection (a part is the largest that we send)
 LARGEST = 96 << 20
+#: what a Dialer learns of its connection, before it has one
+_EVENTS = (
+    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_CONNECT_RETRIED
+)
 
 
 def _prepare(socket: zmq.Socket[Any]) -> None:
@@ -43,55 +55,98 @@ def _prepare(socket: zmq.Socket[Any]) -> None:
 
 
 class Dialer:
-    """The source's end."""
+    """The source's end. Its routing id is the transfer, so an answer finds it after a reconnection, too."""
 
-    def __init__(self, uri: Uri) -> None:
-        self.uri = uri
+    def __init__(self, uri: Uri, transfer: str) -> None:
+        self.uri, self._transfer = uri, transfer
+        #: a target has been met: from now on every failure to reach it passes by itself
+        self.met = False
         pair = keys.own()
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
         _prepare(self._socket)
+        self._socket.set(zmq.ROUTING_ID, transfer.encode())
         self._socket.set(zmq.RECONNECT_IVL, RECONNECT_MS)
         self._socket.curve_publickey, self._socket.curve_secretkey = pair.public, pair.secret
         self._socket.curve_serverkey = keys.of_host(uri.host, uri.local)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_AUTH)
-        self._turned_away = asyncio.ensure_future(self._watch())
-        self._socket.connect(uri.endpoint)
+        self._monitor = self._socket.get_monitor_socket(_EVENTS)
+        self._inbox: asyncio.Queue[messages.AnyOfTarget] = asyncio.Queue()
+        self._tasks = [asyncio.ensure_future(self._read())]
+        #: why there is nobody to talk to
+        self._nobody: asyncio.Task[str] = asyncio.ensure_future(self._watch())
 
-    async def _watch(self) -> None:
-        """Returns when the target does not know our key."""
-        await recv_monitor_message(self._monitor)
+    async def connect(self) -> None:
+        """MigrationError where the address cannot be one."""
+        await self._dial(self.uri)
+
+    async def _dial(self, uri: Uri) -> None:
+        place = await asyncio.to_thread(uri.resolved)
+        try:
+            self._socket.connect(place.endpoint)
+        except zmq.ZMQError as error:
+            raise MigrationError(f"{uri}: cannot be connected to: {error.strerror}") from None
+        self._endpoint = place.endpoint
+
+    async def _watch(self) -> str:
+        """Returns when it is clear that no target will ever answer."""
+        refused_since, heard = 0.0, False
+        while True:
+            event = (await recv_monitor_message(self._monitor))["event"]
+            now = asyncio.get_running_loop().time()
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self.met = True
+            elif self.met:
+                continue
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                place = keys.folder() / "key.pub"
+                return f"does not know our key; copy {place} to its peers folder, named after this host"
+            heard |= event != zmq.EVENT_CONNECT_RETRIED
+            if not refused_since:
+                refused_since = now
+            elif now - refused_since > REFUSED_SECONDS:
+                if heard:
+                    return "who listens there is no machine that waits for another, or has another key"
+                return "nobody listens there"
+
+    async def _read(self) -> None:
+        while True:
+            frame = await self._socket.recv()
+            with contextlib.suppress(MessageError):
+                message = messages.of_target.decode(frame)
+                if message.transfer == self._transfer:
+                    self._inbox.put_nowait(message)
 
     async def send(self, message: msgspec.Struct) -> None:
         await self._socket.send(encode(message))
 
-    async def receive(self, transfer: str) -> messages.AnyOfTarget:
-        """The next message of this transfer."""
-        while True:
-            coming = asyncio.ensure_future(self._socket.recv())
-            await asyncio.wait({coming, self._turned_away}, return_when=asyncio.FIRST_COMPLETED)
-            if not coming.done():
-                coming.cancel()
-                place = keys.folder() / "key.pub"
-                text = f"copy {place} to its peers folder, named after this host"
-                raise MigrationError(f"{self.uri}: does not know our key; {text}")
-            with contextlib.suppress(MessageError):
-                message = messages.of_target.decode(coming.result())
-                if message.transfer == transfer:
-                    return message
+    async def receive(self) -> messages.AnyOfTarget:
+        """The next message of this transfer. Nothing is lost when the wait is cancelled."""
+        coming = asyncio.ensure_future(self._inbox.get())
+        try:
+            await asyncio.wait({coming, self._nobody}, return_when=asyncio.FIRST_COMPLETED)
+            if coming.done():
+                return coming.result()
+        finally:
+            coming.cancel()
+        raise MigrationError(f"{self.uri}: {self._nobody.result()}")
 
-    def redirect(self, uri: Uri) -> None:
-        """Go on with the same target at another address."""
-        self._socket.disconnect(self.uri.endpoint)
+    async def redirect(self, uri: Uri) -> None:
+        """Go on with the same target at another address; MigrationError where that cannot be one."""
+        before = self._endpoint
+        await self._dial(uri)
         self.uri = uri
-        self._socket.connect(uri.endpoint)
+        if self._endpoint != before:
+            self._socket.disconnect(before)
 
-    def close(self) -> None:
-        self._turned_away.cancel()
+    async def close(self, linger_ms: int = 0) -> None:
+        """``linger_ms``: how long what has been said may still be on its way."""
+        for task in (*self._tasks, self._nobody):
+            task.cancel()
+        await asyncio.gather(*self._tasks, self._nobody, return_exceptions=True)
         self._socket.disable_monitor()
         self._monitor.close(0)
-        self._socket.close(0)
-        self._context.term()
+        self._socket.close(linger_ms)
+        await asyncio.to_thread(self._context.term)
 
 
 class Listener:
@@ -120,7 +175,7 @@ class Listener:
         self._socket.curve_publickey, self._socket.curve_secretkey = pair.public, pair.secret
         self._socket.curve_server = True
         self._socket.set(zmq.ZAP_DOMAIN, b"atoll")
-        self._peer = b""
+        self._paths: list[str] = []
         try:
             self.also(uri)
         except MigrationError:
@@ -129,13 +184,18 @@ class Listener:
 
     def also(self, uri: Uri) -> None:
         """Listen at one more address; MigrationError when that cannot be."""
+        place = uri.resolved()
+        if uri.kind == "unix":
+            free_path(uri)
         before = os.umask(0o177)
         try:
-            self._socket.bind(uri.endpoint)
+            self._socket.bind(place.endpoint)
         except zmq.ZMQError as error:
             raise MigrationError(f"{uri}: cannot listen: {error.strerror}") from None
         finally:
             os.umask(before)
+        if uri.kind == "unix":
+            self._paths.append(uri.path)
 
     @property
     def port(self) -> int:
@@ -147,26 +207,45 @@ class Listener:
         return self.uri.insecure or key in self._allowed
 
     async def receive(self) -> messages.AnyOfSource:
-        """The next message. Whoever said it is who ``send`` answers."""
+        """The next message."""
         while True:
-            peer, *frames = await self._socket.recv_multipart()
+            _, *frames = await self._socket.recv_multipart()
             try:
-                message = messages.of_source.decode(frames[-1] if frames else b"")
+                return messages.of_source.decode(frames[-1] if frames else b"")
             except MessageError as error:
                 log.warning("migration: %s", error)
-                continue
-            self._peer = peer
-            return message
 
-    async def send(self, message: msgspec.Struct) -> None:
-        """To whom spoke last; lost if that one is gone, and it asks again when it is back."""
-        with contextlib.suppress(zmq.ZMQError):
-            await self._socket.send_multipart((self._peer, encode(message)))
+    async def send(self, message: messages.Said) -> bool:
+        """To the source of its transfer; False if that one is not there now, and will ask again."""
+        try:
+            await self._socket.send_multipart((message.transfer.encode(), encode(message)))
+        except zmq.ZMQError:
+            return False
+        return True
 
-    def close(self) -> None:
-        self._socket.close(0)
+    def close(self, linger_ms: int = 0) -> None:
+        self._socket.close(linger_ms)
         self._zap.stop()
         self._context.term()
-        if self.uri.kind == "unix":
+        for path in self._paths:
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.uri.path)
+                os.unlink(path)
+
+
+def free_path(uri: Uri, suffix: str = "") -> None:
+    """Make room for a socket: what a dead process left goes, all else stays (to bind would remove whatever
+    has the name). MigrationError where something is there."""
+    path = uri.path + suffix
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise MigrationError(f"{uri}: cannot listen: {path} is there and is no socket")
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.setblocking(False)
+            probe.connect(path)
+        raise MigrationError(f"{uri}: cannot listen: somebody listens there")
+    except FileNotFoundError:
+        return
+    except ConnectionRefusedError:
+        os.unlink(path)
+    except OSError as error:
+        raise MigrationError(f"{uri}: cannot listen: {error.strerror}") from None

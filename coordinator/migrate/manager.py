@@ -31,24 +31,31 @@ class Manager:
         self._task: asyncio.Task[None] | None = None
 
     # ---- asked for -------------------------------------------------------------------------------
-    def migrate(self, where: str, resume: bool = False) -> None:
+    async def resume(self, where: str) -> None:
+        """The target that a released guest goes to is somewhere else now (migrate with resume); ConfigError
+        when there is no such migration, MigrationError when that cannot be an address."""
+        place = uri.parse(where)
+        if self._source is None or not self._source.committed or self._idle:
+            raise ConfigError("Cannot resume if there is no paused migration")
+        if place.kind == "file":
+            raise ConfigError("a paused migration goes on over tcp: or unix:")
+        await self._source.redirect(place)
+
+    def migrate(self, where: str) -> None:
         """Begin to move the machine away; ConfigError when that cannot even begin."""
         place = uri.parse(where)
-        if resume:
-            if self._source is None or not self._source.committed or self._idle:
-                raise ConfigError("Cannot resume if there is no paused migration")
-            self._source.redirect(place)
-            return
         self._begin()
         if self._vm.state == "inmigrate":
             raise ConfigError("Guest is waiting for an incoming migration")
         if self._vm.state == "postmigrate":
             raise ConfigError("Guest has been migrated away already")
         status = self.status = Status(self._vm.event)
+        self._source = self._target = None
         if place.kind == "file":
             self._run(status, self._to_file(Path(place.path), status))
         else:
             self._source = Source(self._vm, place, self.parameters, status)
+            status.transfer = self._source.transfer
             self._run(status, self._source.run())
 
     def incoming(self, where: str) -> None:
@@ -70,12 +77,13 @@ class Manager:
         self._run(status, work, self._lost)
 
     def cancel(self) -> None:
-        """Go back, if there is a way back; ConfigError when there is none any more."""
-        if self._task is None or self._idle:
+        """Go back, if there is a way back; ConfigError when there is none any more. Nothing happens while no
+        migration is under way, or one to here."""
+        if self._task is None or self.status is None or self._idle or self._vm.state == "inmigrate":
             return
         if self._source is not None and self._source.committed:
             raise ConfigError("the guest has been released to the target; migrate-recover goes on there")
-        if self.status is not None and self._target is None:
+        if self.status.state != "cancelling":  # a second one would interrupt the way back
             self.status.move("cancelling")
             self._task.cancel()
 
@@ -115,6 +123,8 @@ class Manager:
     async def _follow(self, status: Status, work: Awaitable[None], failed: Callable[[str], None]) -> None:
         """A migration to its end, which is told by its status."""
         try:
+            async with self._vm.media_lock:
+                self._vm.media_held = True
             await work
             status.move("completed")
         except asyncio.CancelledError:
@@ -122,6 +132,8 @@ class Manager:
         except Exception as error:
             status.fail(reason(error))
             failed(reason(error))
+        finally:
+            self._vm.media_held = False
 
     def _lost(self, why: str) -> None:
         """A machine that does not come is no machine."""
@@ -131,10 +143,10 @@ class Manager:
         async with self._vm.frozen() as frozen:
             status.stopped()
             status.move("active")
-            with file.created(path) as target:
+            async with file.created(path) as target:
                 counts = await file.write(self._vm, frozen, target, str(path))
             status.counts = lambda: counts
-            frozen.after = "postmigrate"
+            frozen.after = "postmigrate"  # nothing is waited for since the file has its name
 
     async def _from_file(self, path: Path, status: Status) -> None:
         status.move("active")

@@ -1,7 +1,8 @@
 """What source and target of a migration say to each other over the control channel.
 
-One transfer has one ``transfer`` id and one ``epoch``; what comes with another is stale and dropped. Parts
-are those of stream.py.
+One transfer has one ``transfer`` id and one ``epoch``; what comes with another is stale and dropped. A
+message may be lost or come twice, so the source repeats what it wants an answer to (Offer, State, Released),
+and the target answers again what it has answered before. Parts are those of stream.py.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ class Said(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 # ---- source -> target -----------------------------------------------------------------------------------
 class Offer(Said, frozen=True, tag="offer"):
-    """First of all. ``description`` is a part; ``channels`` connections will bring guest memory, packed by
-    ``compression`` ("none" or "zstd"), in TLS if ``tls``."""
+    """First of all. ``epoch`` is the source's, ``description`` a part; ``channels`` connections will bring
+    guest memory, packed by ``compression`` ("none" or "zstd"), in TLS if ``tls``."""
 
     protocol: int
+    epoch: int
     description: bytes
     channels: int
     compression: str
@@ -41,9 +43,13 @@ class State(Said, frozen=True, tag="state"):
 
 
 class Released(Said, frozen=True, tag="released"):
-    """The commit point has passed: the source will not run again. Repeated until Running answers it."""
+    """The commit point has passed: the source will not run again."""
 
     epoch: int
+
+
+class Heard(Said, frozen=True, tag="heard"):
+    """Running has come: nothing more will be asked."""
 
 
 class Abort(Said, frozen=True, tag="abort"):
@@ -80,7 +86,7 @@ class Running(Said, frozen=True, tag="running"):
     epoch: int
 
 
-AnyOfSource = Offer | State | Released | Abort
+AnyOfSource = Offer | State | Released | Heard | Abort
 AnyOfTarget = Accepted | Refused | Verified | Running
 
 of_source: Codec[AnyOfSource] = Codec(AnyOfSource)

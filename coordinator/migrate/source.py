@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import socket
 from collections.abc import Awaitable, Callable
@@ -37,8 +38,17 @@ ANSWER_SECONDS = 30.0
 REMIND_SECONDS, FAREWELL_SECONDS = 0.5, 10.0
 
 
+#: how long a target that has closed its connections may take to say why, and the last word to leave
+REASON_SECONDS, LAST_WORD_MS = 0.3, 300
+
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 S = TypeVar("S", bound=messages.Said)
+
+
+def _nothing() -> None:
+    pass
 
 
 class Source:
@@ -59,6 +69,12 @@ class Source:
         self._frozen: Frozen | None = None
         self._sender: ram.Sender | None = None
         self._state: MachineState | None = None
+        #: the target has said that it cannot
+        self._refused = False
+        #: and that the guest is there
+        self._answered = False
+        #: what a target that does not get the guest is told
+        self._why = ""
 
     async def run(self) -> None:
         """To the end; MigrationError (the guest goes on here) unless ``committed``."""
@@ -66,16 +82,25 @@ class Source:
             for phase in PHASES:
                 await self._begin(phase.name)
                 await phase.work(self)
-                await self._fault.at(f"{phase.name}.done", self._cut)
-        except BaseException:
-            if not self.committed:
-                await self._undo.aclose()
+                await self._at(f"{phase.name}.done")
+        except BaseException as error:
+            self._why = reason(error)
             raise
-        await self._undo.aclose()
+        finally:
+            await self._undo.aclose()
 
     async def _begin(self, name: str) -> None:
         self.status.phase = name
-        await self._fault.at(name, self._cut)
+        await self._at(name)
+
+    async def _at(self, point: str) -> None:
+        """Room for a fault."""
+        try:
+            await self._fault.at(point, self._cut)
+        except MigrationError as error:
+            if not self.committed:
+                raise
+            log.warning("migration: %s; but the guest has been released", error)
 
     def _tls(self) -> channel.Tls | None:
         """For connecting, where the user gave credentials."""
@@ -89,21 +114,22 @@ class Source:
     # ---- phases ----------------------------------------------------------------------------------
     async def negotiate(self) -> None:
         """Machine, CPU features, media: every difference is named before a byte of memory moves."""
-        self._link = Dialer(self.uri)
+        self._link = Dialer(self.uri, self.transfer)
         self._undo.push_async_callback(self._farewell)
+        await self._link.connect()
         description = await describe.describe(self.vm)
         offer = messages.Offer(
             transfer=self.transfer,
             protocol=messages.PROTOCOL,
+            epoch=self.epoch,
             description=stream.encode(Part.DESCRIPTION, description),
             channels=self.parameters.multifd_channels,
             compression=self.parameters.multifd_compression,
             tls=bool(self.parameters.tls_creds),
         )
-        await self._say("negotiate", offer)
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
-                answer = await self._hear(messages.Accepted)
+                answer = await self._ask("negotiate", offer, messages.Accepted)
         except TimeoutError:
             raise MigrationError(f"{self.uri}: nobody answers") from None
         self._socks = await channel.connect(
@@ -150,7 +176,7 @@ class Source:
         self.status.drives = list(self._state.drives)
 
     async def send(self) -> None:
-        """Guest memory, by all connections side by side, then the state."""
+        """Guest memory, by all connections side by side."""
         assert self.vm.segment is not None
         self.status.move("device")
         sender = self._sender = ram.Sender(self.vm.segment)
@@ -165,53 +191,44 @@ class Source:
         peer = str(self.uri)
         jobs = [partial(pump.send, sock, wire, lambda fd: sender.run(fd, peer)) for sock in self._socks]
         await self._unless_lost(channel.side_by_side(jobs, abandon))
-        state = stream.encode(Part.STATE, self._state)
-        counts = sender.counts
-        await self._say(
-            "send",
-            messages.State(transfer=self.transfer, state=state, normal=counts.normal, zero=counts.zero),
-        )
 
     async def verify(self) -> None:
-        """The target has everything, and can use it."""
+        """The state; then the target has everything, and can use it."""
         assert self._sender is not None
-        answer = await self._unless_lost(self._hear(messages.Verified))
+        counts = self._sender.counts
+        state = messages.State(
+            transfer=self.transfer,
+            state=stream.encode(Part.STATE, self._state),
+            normal=counts.normal,
+            zero=counts.zero,
+        )
+        answer = await self._unless_lost(self._ask("verify", state, messages.Verified))
         sent = self._sender.counts
         if (answer.normal, answer.zero) != (sent.normal, sent.zero):
             came, went = answer.normal + answer.zero, sent.normal + sent.zero
             raise MigrationError(f"{self.uri}: says that {came} pages have come, {went} were sent")
 
     async def release(self) -> None:
-        """The commit point."""
+        """The commit point. While the record is being made nobody knows whether it is there, so from here on
+        the guest stands, whatever happens."""
         assert self._frozen is not None
-        self.committed = True
+        self.committed, self._frozen.after = True, "postmigrate"
         machine = self.vm.machine
+        record = decision.Decision(self.transfer, machine.name, machine.uuid, self.epoch)
         try:
-            await asyncio.shield(
-                asyncio.to_thread(
-                    decision.record, decision.Decision(self.transfer, machine.name, machine.uuid, self.epoch)
-                )
-            )
+            await asyncio.shield(asyncio.to_thread(decision.record, record))
         except MigrationError:
-            self.committed = False
+            self.committed, self._frozen.after = False, None
             raise
-        self._frozen.after = "postmigrate"
         await self._hold.aclose()
 
     async def resume(self) -> None:
         """The target may run: said until it answers. It may be long in coming, or at another address
         (``redirect``)."""
-        answer = asyncio.ensure_future(self._hear(messages.Running))
         message = messages.Released(transfer=self.transfer, epoch=self.epoch)
-        copies = self._fault.copies("resume")
-        while not answer.done():
-            for _ in range(copies):
-                await self._tell(message)
-            copies = 1
-            await asyncio.wait({answer}, timeout=REMIND_SECONDS)
-            if not answer.done():
-                self.status.move("postcopy-paused")
-        answer.result()
+        await self._ask("resume", message, messages.Running, lambda: self.status.move("postcopy-paused"))
+        self._answered = True
+        await self._tell(messages.Heard(transfer=self.transfer))
         decision.forget(self.transfer)
 
     # ---- talking ---------------------------------------------------------------------------------
@@ -219,57 +236,89 @@ class Source:
         assert self._link is not None
         await self._link.send(message)
 
-    async def _say(self, phase: str, message: messages.AnyOfSource) -> None:
-        for _ in range(self._fault.copies(phase)):
-            await self._tell(message)
+    async def _ask(
+        self, phase: str, question: messages.AnyOfSource, kind: type[S], silent: Callable[[], None] = _nothing
+    ) -> S:
+        """The answer of this kind. The question is repeated, since either may be lost on the way; ``silent``
+        is called when it has to be."""
+        answer = asyncio.ensure_future(self._hear(kind))
+        copies = self._fault.copies(phase)
+        try:
+            while True:
+                for _ in range(copies):
+                    await self._tell(question)
+                copies = 1
+                await asyncio.wait({answer}, timeout=REMIND_SECONDS)
+                if answer.done():
+                    return answer.result()
+                silent()
+        finally:
+            answer.cancel()
 
     async def _hear(self, kind: type[S]) -> S:
         """The next answer of this kind; MigrationError when the target refuses."""
         assert self._link is not None
         while True:
-            answer = await self._link.receive(self.transfer)
+            answer = await self._link.receive()
             if isinstance(answer, messages.Refused):
+                self._refused = True
                 raise MigrationError(f"{self.uri}: {answer.reason}")
             if isinstance(answer, kind):
                 return answer
 
     async def _unless_lost(self, work: Awaitable[T]) -> T:
-        """What the work gives; MigrationError when the target closes its connections first."""
+        """What the work gives; MigrationError when the target closes its connections first, with the reason
+        that it gave, if it did."""
         assert self._lost is not None
         task = asyncio.ensure_future(work)
+        failure = MigrationError(f"{self.uri}: the target is gone")
         try:
             await asyncio.wait({task, self._lost}, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()
+        except MigrationError as error:
+            failure = error
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        raise MigrationError(f"{self.uri}: the target is gone")
+        if not self._refused:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(REASON_SECONDS):
+                    await self._hear(messages.Refused)
+        raise failure
 
-    def redirect(self, uri: Uri) -> None:
+    async def redirect(self, uri: Uri) -> None:
         """The target listens somewhere else now (migrate with resume)."""
         assert self._link is not None
+        await self._link.redirect(uri)
         self.uri = uri
-        self._link.redirect(uri)
 
     async def _farewell(self) -> None:
-        """Done with the target; one that is not to have the guest is told so in the background, as it may be
-        out of reach."""
+        """Done with the target; one that is not to have the guest is told so, and again in the background, as
+        it may be out of reach."""
         assert self._link is not None
-        link, reason = self._link, self.status.error or "the source goes on"
-        if self.committed:
-            link.close()
+        link, self._link = self._link, None
+        if self.committed and not (self._answered or self._refused):
+            place = decision.place(self.transfer)
+            log.warning("the guest was released to %s, which has not answered", self.uri)
+            log.warning("say there: migrate-recover file:%s", place)
+        if self.committed or not link.met:
+            await link.close(LAST_WORD_MS if link.met else 0)
             return
+        message = messages.Abort(transfer=self.transfer, reason=self._why)
+        await link.send(message)
+        if self.vm.ending.done():
+            await link.close(LAST_WORD_MS)
+        else:
+            self.vm.spawn(self._repeat(link, message))
 
-        async def repeat() -> None:
-            try:
-                for _ in range(round(FAREWELL_SECONDS / REMIND_SECONDS)):
-                    await link.send(messages.Abort(transfer=self.transfer, reason=reason))
-                    await asyncio.sleep(REMIND_SECONDS)
-            finally:
-                link.close()
-
-        self.vm.spawn(repeat())
+    async def _repeat(self, link: Dialer, message: messages.Abort) -> None:
+        try:
+            for _ in range(round(FAREWELL_SECONDS / REMIND_SECONDS)):
+                await asyncio.sleep(REMIND_SECONDS)
+                await link.send(message)
+        finally:
+            await link.close()
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ class Status:
         self._event = event
         self.state = "none"
         self.phase = ""
+        #: names this migration on both sides, and the record of its commit point
+        self.transfer = ""
         self.error: str | None = None
         self.counts: Callable[[], Counts] = Counts
         #: pages to send in all
@@ -79,6 +81,8 @@ class Status:
             downtime = ((self._resumed or now) - self._stopped) * MS
             result["downtime" if self._resumed else "expected-downtime"] = round(downtime)
         result["x-phase"] = self.phase
+        if self.transfer:
+            result["x-transfer"] = self.transfer
         result["x-drives"] = self.drives
         if self.times:
             result["x-times"] = self.times

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 
 #: for how long a source that has not heard Running can ask again, seconds
 LINGER_SECONDS = 120.0
+#: how often a source that has been accepted and does not come is looked for, and for how long it may be
+#: out of reach, seconds
+LOOK_SECONDS, GONE_SECONDS = 0.5, 3.0
 
 T = TypeVar("T")
 
@@ -44,7 +47,7 @@ class Target:
         self.vm, self.parameters, self.status = vm, parameters, status
         self._fault = Fault.parse(parameters.x_fault)
         self._link = Listener(uri)
-        self._transfer = ""
+        self._transfer, self._epoch = "", 0
         self._inbox: asyncio.Queue[messages.AnyOfSource] = asyncio.Queue()
         self._socks: list[socket.socket] = []
         self._receiver: ram.Receiver | None = None
@@ -54,7 +57,9 @@ class Target:
         self.in_doubt = False
         #: set to go on without it: the user has shown the source's record
         self._shown: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        #: what has been answered, and would be again
         self._accepted: messages.Accepted | None = None
+        self._verified: messages.Verified | None = None
         self._running: messages.Running | None = None
 
     async def run(self) -> None:
@@ -65,17 +70,18 @@ class Target:
             offer = await self._negotiate()
             await self._receive(offer)
             await self._resume(await self._released())
-        except AtollError as error:
-            if self._transfer:
-                await self._link.send(messages.Refused(transfer=self._transfer, reason=_reason(error)))
-                await asyncio.sleep(0.05)  # to leave before we do
-            listening.cancel()
-            raise
-        except BaseException:
+        except BaseException as error:
+            await self._refuse(_reason(error))
             listening.cancel()
             raise
         finally:
             channel.close(self._socks)
+
+    async def _refuse(self, reason: str) -> None:
+        """The guest will not run here."""
+        if self._transfer:
+            await self._link.send(messages.Refused(transfer=self._transfer, reason=reason))
+            await asyncio.sleep(0.05)  # to leave before we do
 
     # ---- steps -----------------------------------------------------------------------------------
     async def _at(self, point: str) -> None:
@@ -126,7 +132,8 @@ class Target:
             )
             for _ in range(self._fault.copies("target.accept")):
                 await self._link.send(self._accepted)
-            self._socks = await self._unless_aborted(door.admit(offer.channels, self._tls()))
+            admission = door.admit(offer.channels, self._tls())
+            self._socks = await self._unless_unreachable(self._unless_aborted(admission))
         finally:
             door.close()
         self.status.set_up()
@@ -155,9 +162,11 @@ class Target:
         counts = self._receiver.counts
         await self._at("verify")
         self.in_doubt = True
-        verified = messages.Verified(transfer=self._transfer, normal=counts.normal, zero=counts.zero)
+        self._verified = messages.Verified(
+            transfer=self._transfer, normal=counts.normal, zero=counts.zero
+        )
         for _ in range(self._fault.copies("target.verify")):
-            await self._link.send(verified)
+            await self._link.send(self._verified)
         lost = asyncio.ensure_future(channel.gone(self._socks[0]))
         word = asyncio.ensure_future(self._next(messages.Released))
         try:
@@ -195,18 +204,29 @@ class Target:
         while True:
             message = await self._link.receive()
             if isinstance(message, messages.Offer) and not self._transfer:
-                self._transfer = message.transfer
+                self._transfer, self._epoch = message.transfer, message.epoch
+                self.status.transfer = message.transfer
                 self._inbox.put_nowait(message)
             elif message.transfer != self._transfer:
-                busy = messages.Refused(transfer=message.transfer, reason="another machine is coming here")
-                await self._link.send(busy)
-            elif isinstance(message, messages.Offer):
-                if self._accepted is not None:
-                    await self._link.send(self._accepted)
-            elif isinstance(message, messages.Released) and self._running is not None:
-                await self._link.send(self._running)
-            else:
+                if isinstance(message, messages.Offer):
+                    busy = "another machine is coming here"
+                    await self._link.send(messages.Refused(transfer=message.transfer, reason=busy))
+            elif isinstance(message, messages.Heard) and self._running is not None:
+                return
+            elif answer := self._answered_before(message):
+                await self._link.send(answer)
+            elif not isinstance(message, messages.Offer | messages.Heard):
                 self._inbox.put_nowait(message)
+
+    def _answered_before(self, message: messages.AnyOfSource) -> messages.AnyOfTarget | None:
+        match message:
+            case messages.Offer():
+                return self._accepted
+            case messages.State():
+                return self._verified
+            case messages.Released():
+                return self._running
+        return None
 
     async def _linger(self, listening: asyncio.Task[None]) -> None:
         """Answer for some time after the end, in case the last word was lost."""
@@ -226,7 +246,9 @@ class Target:
             message = await self._inbox.get()
             if isinstance(message, messages.Abort):
                 raise MigrationError(f"the source goes on: {message.reason}")
-            if isinstance(message, kind):
+            if isinstance(message, messages.Released) and message.epoch != self._epoch:
+                log.warning("migration: a word of epoch %d, not %d", message.epoch, self._epoch)
+            elif isinstance(message, kind):
                 return message
 
     async def _unless_aborted(self, work: Awaitable[T]) -> T:
@@ -244,6 +266,26 @@ class Target:
             word.cancel()
             task.cancel()
             await asyncio.gather(word, task, return_exceptions=True)
+
+    async def _unless_unreachable(self, work: Coroutine[Any, Any, T]) -> T:
+        """What the work gives; MigrationError when the source, which has no connection yet whose end could
+        tell, is out of reach first. It is looked for by the answer that it may have missed."""
+        assert self._accepted is not None
+        task = asyncio.ensure_future(work)
+        clock = asyncio.get_running_loop().time
+        seen = clock()
+        try:
+            while True:
+                await asyncio.wait({task}, timeout=LOOK_SECONDS)
+                if task.done():
+                    return task.result()
+                if await self._link.send(self._accepted):
+                    seen = clock()
+                elif clock() - seen > GONE_SECONDS:
+                    raise MigrationError("the source is gone")
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
     async def _unless_gone(self, work: Awaitable[T]) -> T:
         """What the work gives; MigrationError when the source closes its connections first."""
@@ -278,5 +320,7 @@ async def first(*waiting: asyncio.Future[Any]) -> None:
     await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
 
 
-def _reason(error: AtollError) -> str:
+def _reason(error: BaseException) -> str:
+    if not isinstance(error, AtollError):
+        return "its machine ends"
     return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import socket
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
 
-from coordinator.contract.errors import UsageError
+from coordinator.contract.errors import MigrationError, UsageError
 
 FORMS = "tcp:HOST:PORT, unix:PATH, file:PATH"
 LOOPBACK = "127.0.0.1"
@@ -26,6 +27,17 @@ class Uri:
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"tcp:{host}:{self.port}" if self.kind == "tcp" else f"{self.kind}:{self.path}"
+
+    def resolved(self) -> Uri:
+        """With the host as an address, of IPv4 where it has one; MigrationError where it has none."""
+        if self.kind != "tcp":
+            return self
+        try:
+            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            raise MigrationError(f"{self}: {getattr(error, 'strerror', None) or 'is no host'}") from None
+        found.sort(key=lambda entry: entry[0] != socket.AF_INET)
+        return replace(self, host=str(found[0][4][0]))
 
     @property
     def endpoint(self) -> str:

@@ -16,7 +16,10 @@ async def migrate(
 ) -> None:
     if blk or inc:
         raise ConfigError("disks do not travel: they must be on storage that both sides reach")
-    vm.migration.migrate(uri, resume)
+    if resume:
+        await vm.migration.resume(uri)
+    else:
+        vm.migration.migrate(uri)
 
 
 async def migrate_incoming(vm: Vm, uri: str) -> None:

@@ -33,6 +33,7 @@ class FakeVm:
         self.vcpus = ["vcpu0", "vcpu1"]
         self.on_event: list[Callable[[str, dict[str, Any]], None]] = []
         self.media_lock = asyncio.Lock()
+        self.media_held = False
         self.sent: list[tuple[str, messages.Command]] = []
         self.done: list[str] = []
         #: what an island answers to a kind of command; an exception is raised
