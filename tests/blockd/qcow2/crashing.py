@@ -146,7 +146,8 @@ class Life:
                 run_tool("qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(base), f"{base}.qcow2")
                 how |= {"backing_file": "base.qcow2", "backing_format": "qcow2"}
         if self.kind == "data file":
-            (self.folder / "disk.data").write_bytes(bytes(SIZE))
+            # what lies there must not come to light
+            (self.folder / "disk.data").write_bytes(random.Random(self.seed).randbytes(SIZE))
             how |= {"data_file": "disk.data"}
         self.file = make(path, SIZE, self.shape, **how)
         if self.kind == "bitmap":

@@ -36,6 +36,8 @@ class PowerLog:
     deaf: frozenset[str] = frozenset()
     late: frozenset[str] = frozenset()
     entries: list[Entry] = field(default_factory=list)
+    #: lengths of the log where a sync was left out or put off
+    spoilt: list[int] = field(default_factory=list)
     #: functions that have called for a sync
     callers: set[str] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -93,7 +95,10 @@ class _LoggedFile(HostFile):
         entry = Entry("sync", self._name, 0, begin)
         if caller in self._log.late:
             self._log.postponed = entry
-        elif not self._log.deaf & {"*", caller}:
+            self._log.spoilt.append(begin)
+        elif self._log.deaf & {"*", caller}:
+            self._log.spoilt.append(begin)
+        else:
             self._log.add(entry)
 
 

@@ -9,6 +9,7 @@ import contextlib
 import random
 import select
 import struct
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,7 +62,8 @@ class Disk:
             (folder / "base").write_bytes(below)
             how |= {"backing_file": "base", "backing_format": "raw"}
         elif self.kind == "data file":
-            (folder / "disk.data").write_bytes(bytes(SIZE))
+            # what lies there must not come to light
+            (folder / "disk.data").write_bytes(random.Random(seed).randbytes(SIZE))
             how |= {"data_file": "disk.data"}
         self.file = make(folder / "disk.qcow2", SIZE, self.shape, **how)
         self.model = Model(SIZE, self.shape[0], below)
@@ -152,7 +154,7 @@ def one_writer(folder: Path, seed: int, log: PowerLog, losses: int) -> None:
         whole: Callable[[], object] | None = None
         if number % 7 == 6:
             whole = image.flush
-        elif number in (22, 40) and disk.kind != "data file":
+        elif number in (22, 23, 40) and disk.kind != "data file":
             name = f"s{number}"
             whole = lambda name=name: operations.create(image, name, now=1.0)  # noqa: E731
         elif number == 50 and disk.kind != "data file":
@@ -308,17 +310,43 @@ def test_two_clients_of_the_server(tmp_path: Path, seed: int) -> None:
     two_clients(tmp_path, seed, PowerLog(), losses=30)
 
 
-def caught(folder: Path, deaf: frozenset[str] = frozenset(), late: frozenset[str] = frozenset()) -> bool:
-    """Does any of the tests see what is wrong with this writer?"""
-    for seed in range(20):
-        for test in (one_writer, two_clients):
-            place = folder / f"{test.__name__}{seed}"
-            place.mkdir()
+#: functions that call for a sync, and the seed that shows soonest what becomes of one without it
+SYNCS = {
+    "_reserve": 0,
+    "_allocate": 0,
+    "_allocate_external": 6,
+    "_add_block": 4,
+    "writable_table": 0,
+    "switch": 1,
+    "write_tables": 0,
+    "flush": 0,
+    "_begin": 7,
+    "store": 7,
+}
+
+
+def caught(folder: Path, log: Callable[[], PowerLog], hint: int) -> bool:
+    """Is what is wrong with this writer seen, whatever the seed?"""
+    for seed in (hint, *range(20)):
+        with tempfile.TemporaryDirectory(dir=folder) as place:
             try:
-                test(place, seed, PowerLog(deaf, late), losses=60)
+                one_writer(Path(place), seed, log(), losses=60)
             except (AssertionError, OSError, BlockError):
                 return True
     return False
+
+
+@pytest.mark.parametrize("function", SYNCS)
+def test_a_writer_that_leaves_out_one_sync_is_caught(tmp_path: Path, function: str) -> None:
+    assert caught(tmp_path, lambda: PowerLog(deaf=frozenset({function})), SYNCS[function])
+
+
+@pytest.mark.parametrize(
+    ("function", "hint"), [("_reserve", 2), ("_allocate", 0), ("switch", 1), ("flush", 0)]
+)
+def test_a_writer_that_syncs_too_late_is_caught(tmp_path: Path, function: str, hint: int) -> None:
+    """Behind the write that must not be on the disk before what was written earlier."""
+    assert caught(tmp_path, lambda: PowerLog(late=frozenset({function})), hint)
 
 
 @pytest.mark.parametrize("test", [one_writer, two_clients])
