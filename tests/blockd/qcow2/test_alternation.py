@@ -62,6 +62,7 @@ KINDS = [
     Kind(4 * KIB, refcount_bits=4, below="qcow2"),
     Kind(8 * KIB, version=2, below="raw"),
     Kind(16 * KIB, refcount_bits=8, compression="zstd", extended=True),
+    Kind(64 * KIB, extended=True, below="raw"),
     Kind(32 * KIB, compression="zstd", data_file=True),
     Kind(64 * KIB, refcount_bits=32, below="qcow2"),
     Kind(128 * KIB, refcount_bits=64),
@@ -69,6 +70,7 @@ KINDS = [
     Kind(512 * KIB, compression="zstd", below="raw"),
     Kind(1 * MIB, refcount_bits=8, data_file=True),
     Kind(2 * MIB, refcount_bits=64, compression="zstd"),
+    Kind(2 * MIB, extended=True, below="qcow2"),
 ]
 
 
