@@ -82,6 +82,12 @@ class Lease:
         if data != encode(self.record):
             self._refuse()
 
+    def covers(self, file: str) -> None:
+        """BlockError when a name does not lead any more to the image that was leased."""
+        real = os.path.realpath(file)
+        if real != self.slot.image or os.stat(real).st_ino != self.record.inode:
+            raise BlockError(f"{file}: is not the file any more that was leased", errno.ESTALE)
+
     def _refuse(self) -> None:
         with self._lock:
             if self._lost is None:

@@ -74,6 +74,7 @@ class LeasedExports:
             try:
                 if lease is not None:
                     lease.check()  # there was a moment at which nothing of ours was locked
+                    lease.covers(wanted.file)
             except BaseException as error:
                 image.close()
                 if isinstance(error, OSError):

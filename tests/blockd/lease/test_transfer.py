@@ -208,6 +208,25 @@ def test_a_transfer_needs_a_name_of_its_own(world: World, tmp_path: Path) -> Non
     assert world.writers("c") == [one]
 
 
+def test_a_name_that_leads_elsewhere_meanwhile(world: World, tmp_path: Path) -> None:
+    """What comes back is the image that was leased, or nothing."""
+    files = make_files(tmp_path, "a", "other")
+    link = tmp_path / "link.img"
+    link.symlink_to(files["a"])
+    one = Actor(world, "one")
+    one.do(lambda: one.open({"a": str(link)}))
+    one.do(lambda: one.source.prepare("T"))
+    link.unlink()
+    link.symlink_to(files["other"])
+    with pytest.raises(BlockError, match="link.img: is not the file any more that was leased"):
+        one.do(lambda: one.source.abort("T"))
+    assert world.writers("a") == []
+    link.unlink()
+    link.symlink_to(files["a"])
+    one.do(lambda: one.source.abort("T"))
+    assert world.writers("a") == [one]
+
+
 def test_images_that_were_awaited_can_be_taken_without_a_transfer(pair: Pair) -> None:
     """As when a machine comes from a file."""
     with pytest.raises(BlockError, match="is locked"):
