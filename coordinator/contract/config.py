@@ -99,6 +99,10 @@ class Boot(msgspec.Struct, frozen=True):
     direct: bool = False
 
 
+#: the guest's time-stamp counter
+TSC_KHZ = 1_000_000
+
+
 class Machine(msgspec.Struct, frozen=True):
     """One virtual machine."""
 
@@ -113,7 +117,7 @@ class Machine(msgspec.Struct, frozen=True):
     rtc: Rtc = Rtc()
     boot: Boot = Boot()
     uuid: str = "00000000-0000-0000-0000-000000000000"
-    tsc_khz: int = 1_000_000
+    tsc_khz: int = TSC_KHZ
     debug_exit: DebugExit | None = None
     #: file of the VGA option ROM, handed out through the PCI ROM BAR; None with -vga none
     vga_rom: str | None = None

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from coordinator.contract.errors import ConfigError
+from coordinator.migrate.aim import Aim
 from coordinator.migrate.faults import Fault
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=16)]
@@ -21,7 +22,7 @@ class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename
     folder of X.509 credentials (ca-cert.pem and so on), empty for plain connections; ``tls-hostname``: name
     that the target's certificate must carry, if not that of the URI. ``stopped-time``: whether the guest's
     clock stands still or goes on while it is stopped. ``x-data-port``: where a TCP target listens for guest
-    memory, 0 for any port. ``x-fault``: see faults.py."""
+    memory, 0 for any port. ``x-aim``: see aim.py, ``x-fault``: faults.py."""
 
     multifd_channels: Count = 1
     multifd_compression: Literal["none", "zstd"] = "none"
@@ -30,6 +31,7 @@ class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename
     tls_hostname: str = ""
     stopped_time: Literal["stands", "passes"] = "stands"
     x_data_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
+    x_aim: str = ""
     x_fault: str = ""
 
     @property
@@ -53,4 +55,5 @@ class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename
         except msgspec.ValidationError as error:
             raise ConfigError(f"migrate-set-parameters: {error}") from None
         Fault.parse(fresh.x_fault)
+        Aim.parse(fresh.x_aim)
         return fresh

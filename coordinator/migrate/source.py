@@ -22,6 +22,7 @@ from coordinator.contract.errors import AtollError, MigrationError
 from coordinator.contract.tls import client_context
 from coordinator.machine import Frozen, Vm
 from coordinator.migrate import channel, decision, describe, messages, pump, ram, stream
+from coordinator.migrate.aim import Aim, caught
 from coordinator.migrate.capture import MachineState, capture
 from coordinator.migrate.faults import Fault
 from coordinator.migrate.link import Dialer
@@ -145,6 +146,12 @@ class Source:
         self._undo.callback(self._lost.cancel)
         self.status.set_up()
         self.status.move("active")
+
+    async def aim(self) -> None:
+        """Where it was asked for the guest runs on until a drive enters a phase, see aim.py."""
+        aim = Aim.parse(self.parameters.x_aim)
+        if aim is not None and self.vm.state == "running":
+            await self._unless_lost(self._undo.enter_async_context(caught(self.vm, aim)))
 
     async def drain(self) -> None:
         """Where a drive's policy asks for it the guest runs on until no command of it is half-way, up to the
@@ -331,6 +338,7 @@ class Phase:
 
 PHASES = (
     Phase("negotiate", Source.negotiate),
+    Phase("aim", Source.aim),
     Phase("drain", Source.drain),
     Phase("stop", Source.stop),
     Phase("settle", Source.settle),

@@ -14,7 +14,7 @@ from coordinator.contract import messages
 from coordinator.contract.errors import ConfigError, IslandError
 from coordinator.machine import Vm
 from coordinator.migrate.parameters import Parameters
-from coordinator.qmp import migration, phases
+from coordinator.qmp import migration
 from coordinator.version import version
 
 After = Callable[[], None]
@@ -207,13 +207,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "query-migrate": Command(migration.query_migrate, early=True),
     "query-migrate-parameters": Command(migration.query_migrate_parameters, early=True),
-    "x-arm-phase": Command(
-        phases.arm,
-        {"device": Parameter(str), "phase": Parameter(str)}
-        | {name: _optional(int) for name in ("nth", "timeout", "hold")},
-    ),
-    "x-disarm-phase": Command(phases.disarm),
-    "x-query-phases": Command(phases.query, {"reset": _optional(bool)}),
+    "x-query-phases": Command(migration.query_phases, {"reset": _optional(bool)}),
     "screendump": Command(
         screendump,
         {"filename": Parameter(str), "format": _optional(str)}

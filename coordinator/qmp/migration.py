@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from coordinator.contract import messages
 from coordinator.contract.errors import ConfigError
 from coordinator.machine import Vm
 
@@ -44,3 +45,12 @@ async def query_migrate_parameters(vm: Vm) -> dict[str, Any]:
 
 async def migrate_set_parameters(vm: Vm, **values: Any) -> None:
     vm.migration.set({name.replace("_", "-"): value for name, value in values.items()})
+
+
+async def query_phases(vm: Vm, reset: bool = False) -> list[dict[str, Any]]:
+    """Where each drive is, and for how long it has been in each phase: see QueryPhases in
+    contract/messages.py."""
+    found: list[dict[str, Any]] = []
+    for host in vm.hosts:
+        found += await vm.command(host, messages.QueryPhases(serial=vm.next_serial(), reset=reset))
+    return found

@@ -1,0 +1,144 @@
+/* The laboratory's guest: the first program of a Linux that reads its CD without end by direct I/O.
+ *
+ * The kernel's command line says what it does:
+ *   lab.sha256=HEX    of the whole CD; each pass is compared with it
+ *   lab.gap_ms=N      report gaps of the clock from here on
+ *   lab.fill=MIB      memory that is filled once
+ *   lab.dirty=MIB     memory that is written again and again, at lab.dirty_rate=MIB a second
+ * Lines for the host:
+ *   @ready TSC BYTES            the CD is there; reading begins
+ *   @read TSC COUNT             COUNT reads have completed since the last such line, the last one at TSC; said
+ *                               at the first read that completes 5 ms or more after the last line
+ *   @error TSC ERRNO OFFSET     a read failed; it is made again
+ *   @pass TSC NUMBER HEX WORD   a pass is over; WORD is "right" or "wrong"
+ * and those of watch.h.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "dirty.h"
+#include "report.h"
+#include "sha256.h"
+#include "watch.h"
+
+typedef unsigned long long u64;
+
+enum { READ_BYTES = 64 << 10, SAY_NS = 5000000 };
+
+static char command_line[4096];
+
+/* The value of a word of the command line, or what stands in for it. */
+static const char *word(const char *name, const char *otherwise)
+{
+    static char values[16][128];
+    static unsigned used;
+    size_t length = strlen(name);
+    for (const char *at = command_line; (at = strstr(at, name)) != NULL; at += length)
+        if (at[length] == '=' && used < 16) {
+            sscanf(at + length + 1, "%127s", values[used]);
+            return values[used++];
+        }
+    return otherwise;
+}
+
+static unsigned number(const char *name, unsigned otherwise)
+{
+    const char *text = word(name, NULL);
+    return text == NULL ? otherwise : (unsigned)strtoul(text, NULL, 10);
+}
+
+static void load_modules(void)
+{
+    FILE *order = fopen("/modules/order", "r");
+    char name[64], path[96];
+    if (order == NULL)
+        give_up("/modules/order");
+    while (fscanf(order, "%63s", name) == 1) {
+        snprintf(path, sizeof path, "/modules/%s.ko", name);
+        int fd = open(path, O_RDONLY | O_CLOEXEC);
+        if (fd < 0 || (syscall(SYS_finit_module, fd, "", 0) != 0 && errno != EEXIST))
+            give_up(path);
+        close(fd);
+    }
+    fclose(order);
+}
+
+static int open_cd(off_t *bytes)
+{
+    for (int tries = 0; tries < 3000; tries++) { /* libata probes its ports in the background */
+        int fd = open("/dev/sr0", O_RDONLY | O_DIRECT | O_CLOEXEC);
+        if (fd >= 0 && (*bytes = lseek(fd, 0, SEEK_END)) > 0)
+            return fd;
+        if (fd >= 0)
+            close(fd);
+        usleep(10000);
+    }
+    give_up("/dev/sr0");
+}
+
+/* Until it is read; what fails is told and made again. */
+static void read_at(int fd, uint8_t *data, size_t bytes, off_t offset)
+{
+    for (;;) {
+        ssize_t count = pread(fd, data, bytes, offset);
+        if (count == (ssize_t)bytes)
+            return;
+        report("@error %llu %d %lld", (u64)tsc(), count < 0 ? errno : 0, (long long)offset);
+        usleep(1000);
+    }
+}
+
+static void read_for_ever(int fd, off_t bytes, const char *expected)
+{
+    static uint8_t data[READ_BYTES] __attribute__((aligned(4096)));
+    uint64_t said = 0;
+    unsigned count = 0;
+    for (unsigned pass = 1;; pass++) {
+        struct sha256 sha;
+        char hex[65];
+        sha256_begin(&sha);
+        for (off_t at = 0; at < bytes; at += READ_BYTES) {
+            size_t part = bytes - at < READ_BYTES ? (size_t)(bytes - at) : READ_BYTES;
+            read_at(fd, data, part, at);
+            uint64_t now = clock_ns(), stamp = tsc();
+            count++;
+            if (now - said >= SAY_NS) {
+                report("@read %llu %u", (u64)stamp, count);
+                said = now;
+                count = 0;
+            }
+            sha256_add(&sha, data, part);
+        }
+        sha256_end(&sha, hex);
+        report("@pass %llu %u %s %s", (u64)tsc(), pass, hex, strcmp(hex, expected) == 0 ? "right" : "wrong");
+    }
+}
+
+int main(void)
+{
+    mount("dev", "/dev", "devtmpfs", 0, NULL);
+    mount("proc", "/proc", "proc", 0, NULL);
+    int fd = open("/proc/cmdline", O_RDONLY | O_CLOEXEC);
+    if (fd < 0 || read(fd, command_line, sizeof command_line - 1) < 0)
+        give_up("/proc/cmdline");
+    close(fd);
+    load_modules();
+    off_t bytes;
+    fd = open_cd(&bytes);
+    watch_kernel();
+    watch_clock(number("lab.gap_ms", 8));
+    if (number("lab.fill", 0))
+        fill_memory(number("lab.fill", 0));
+    if (number("lab.dirty", 0))
+        dirty_memory(number("lab.dirty", 0), number("lab.dirty_rate", 1));
+    report("@ready %llu %lld", (u64)tsc(), (long long)bytes);
+    read_for_ever(fd, bytes, word("lab.sha256", ""));
+}

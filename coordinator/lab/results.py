@@ -1,0 +1,177 @@
+"""What came out: records of migrations, and the file that holds them, one line of JSON each.
+
+A file begins with the plan. A record is written whole when its migration is over, so a run that ended early
+goes on behind its last record (``--resume``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+from coordinator.contract.errors import ConfigError
+from coordinator.lab.plan import Experiment, Plan
+
+
+class Migration(
+    msgspec.Struct, frozen=True, kw_only=True, tag="migration", rename="kebab", omit_defaults=True
+):
+    """One migration. Times are milliseconds unless named otherwise; None where there is nothing to say.
+
+    ``phase``: of the CD-ROM drive as it was stopped; ``aimed_missed``: it was aimed at another, and had moved
+    on. ``status``: QEMU's word of the source. ``outcome`` is "moved", "stayed" (the source went on),
+    "recovered" (the target went on by migrate-recover) or "lost". ``downtime_host``: from the stop to the
+    target's run, ``downtime_guest``: the gap in the guest's own clock. ``stall``: guest time from going on to
+    the next CD read that completed. ``bytes`` of guest memory sent. ``passes``: comparisons of the whole CD
+    since the migration before: right, wrong. ``timeline``: name and moment, in ms since the request, of what
+    was seen.
+    """
+
+    experiment: str
+    index: int
+    phase: str
+    status: str
+    outcome: str
+    aim_missed: bool = False
+    stream: str = "full"
+    drained: bool | None = None
+    error: str = ""
+    total: float = 0.0
+    setup: float = 0.0
+    downtime_host: float | None = None
+    downtime_guest: float | None = None
+    stall: float | None = None
+    bytes: int = 0
+    pages: int = 0
+    zero_pages: int = 0
+    reads: int = 0
+    right: int = 0
+    wrong: int = 0
+    user_errors: tuple[str, ...] = ()
+    kernel: tuple[str, ...] = ()
+    timeline: tuple[tuple[str, float], ...] = ()
+
+
+class Shares(msgspec.Struct, frozen=True, kw_only=True, tag="shares", rename="kebab"):
+    """The share of guest time that the CD-ROM drive spends in each phase, and entries a second, with no
+    migration going on: measured over ``seconds`` of guest time before the first one."""
+
+    experiment: str
+    seconds: float
+    shares: dict[str, float]
+    entries: dict[str, float]
+
+
+class Begin(msgspec.Struct, frozen=True, kw_only=True, tag="plan"):
+    """First line of a file."""
+
+    plan: Plan
+    version: int = 1
+
+
+Record = Begin | Shares | Migration
+_decoder = msgspec.json.Decoder(Record)
+
+
+class Results:
+    """All records of a run, in memory and in a file if there is one."""
+
+    def __init__(self, plan: Plan, path: Path | None = None, resume: bool = False) -> None:
+        """ConfigError where the file cannot be used, is of another plan, or is there already and is not to be
+        gone on with."""
+        self.plan = plan
+        self.path = path
+        self.migrations: list[Migration] = []
+        self.shares: dict[str, Shares] = {}
+        self._file = None
+        if path is None:
+            return
+        try:
+            if path.exists() and path.stat().st_size:
+                if not resume:
+                    raise ConfigError(f"{path}: is there already; --resume goes on with it")
+                self._resume(path)
+            self._file = path.open("ab", buffering=0)
+            if not path.stat().st_size:
+                self._append(Begin(plan=plan))
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}") from None
+
+    def _resume(self, path: Path) -> None:
+        records, whole = read(path)
+        if not records or not isinstance(records[0], Begin):
+            raise ConfigError(f"{path}: does not begin with a plan")
+        if records[0].plan != self.plan:
+            raise ConfigError(f"{path}: is of another plan than the one asked for now")
+        for record in records:
+            self._keep(record)
+        os.truncate(path, whole)
+
+    @property
+    def done(self) -> Counter[str]:
+        return Counter(migration.experiment for migration in self.migrations)
+
+    def _keep(self, record: Record) -> None:
+        if isinstance(record, Migration):
+            self.migrations.append(record)
+        elif isinstance(record, Shares):
+            self.shares[record.experiment] = record
+
+    def _append(self, record: Record) -> None:
+        if self._file is not None:
+            self._file.write(msgspec.json.encode(record) + b"\n")
+
+    def add(self, record: Record) -> None:
+        self._keep(record)
+        self._append(record)
+
+    def of(self, experiment: str) -> list[Migration]:
+        return [migration for migration in self.migrations if migration.experiment == experiment]
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def read(path: Path) -> tuple[list[Record], int]:
+    """Records of a file, and how many bytes of it are whole lines: the last one may have been cut off.
+    ConfigError names a line that is no record."""
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    records = []
+    for number, line in enumerate(data[:whole].splitlines(), 1):
+        try:
+            records.append(_decoder.decode(line))
+        except msgspec.MsgspecError as error:
+            raise ConfigError(f"{path}, line {number}: {error}") from None
+    return records, whole
+
+
+def gathered(paths: Iterable[Path]) -> Results:
+    """The shards of a run as one; ConfigError where two have the same experiment under different settings."""
+    experiments: dict[str, Experiment] = {}
+    hosts, records = "loopback", []
+    for path in paths:
+        try:
+            found, _ = read(path)
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}") from None
+        for record in found:
+            if not isinstance(record, Begin):
+                records.append(record)
+                continue
+            hosts = record.plan.hosts
+            for one in record.plan.experiments:
+                known = experiments.setdefault(one.name, one)
+                if msgspec.structs.replace(known, seed=one.seed, count=one.count) != one:
+                    raise ConfigError(
+                        f"{path}: experiment {one.name} has other settings than in another file"
+                    )
+    made = Results(msgspec.convert({"experiments": list(experiments.values()), "hosts": hosts}, Plan))
+    for record in records:
+        made.add(record)
+    return made
