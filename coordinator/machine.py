@@ -169,7 +169,8 @@ class Vm:
         machine, folder, segment = self.machine, str(self.folder), self.segment
         assert segment is not None
         common: dict[str, Any] = {"vm": machine.name, "runtime": folder, "parent": os.getpid()}
-        exports = tuple(export_of(d) for d in machine.drives if d.file is not None)
+        incoming = self.options.incoming is not None
+        exports = tuple(export_of(d, incoming) for d in machine.drives if d.file is not None)
         self._island("blockd", "blockd.main", BlockdConfig, exports=exports, uuid=machine.uuid, **common)
         self._island(
             "devhost0",

@@ -183,8 +183,8 @@ class Segment:
         return int(ffi.cast("uintptr_t", self._memory)) + self.guest_offset
 
     def empty_memory(self) -> None:
-        """RAM and video RAM become holes of the memfd (madvise(2), MADV_REMOVE): they read as zero and take no room. vCPUs
-        must not be running."""
+        """RAM and video RAM become holes of the memfd (madvise(2), MADV_REMOVE): they read as zero and take
+        no room. vCPUs must not be running."""
         self._map.madvise(mmap.MADV_REMOVE, self.guest_offset, self.rom_offset - self.guest_offset)
 
     @property

@@ -1,32 +1,20 @@
-"""The commit point of a machine without writable disks: one durable record, "released", in the user's state
-folder.
+"""Where the commit point of a machine without writable disks lies: in the user's state folder.
 
-``~/.local/state/atoll/released/TRANSFER`` (or below ``$XDG_STATE_HOME``). It is there, whole, or it is not;
-so a source that was killed has either released its guest or has not, and nobody has to guess. Where there are
-writable disks, the record lies with their leases (blockd/leases.py).
+``~/.local/state/atoll/released/`` (or below ``$XDG_STATE_HOME``). The record
+(coordinator/contract/decision.py) is there, whole, or it is not; so a source that was killed has either
+released its guest or has not, and nobody has to guess. Where there are writable disks, it lies with their
+leases (blockd/lease).
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from pathlib import Path
 
-import msgspec
-
-from coordinator.contract.errors import MigrationError
-
-log = logging.getLogger(__name__)
-
-
-class Decision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``epoch``: of the source, which the target's must be greater than."""
-
-    transfer: str
-    machine: str
-    uuid: str
-    epoch: int
+from coordinator.contract import decision
+from coordinator.contract.decision import Decision
+from coordinator.contract.errors import MigrationError, RecordError
 
 
 def folder() -> Path:
@@ -36,54 +24,49 @@ def folder() -> Path:
 
 def place(transfer: str) -> Path:
     """Where the record of this transfer is, if it has been made."""
-    return folder() / transfer
+    return Path(decision.path_of(str(folder()), transfer))
 
 
-def record(decision: Decision) -> None:
-    """Make the decision. MigrationError means that it was not made.
-
-    It is made as soon as its name can be seen. Where the name cannot be made durable after that, it stays
-    made: a crash of this host, which would lose it, leaves nobody to run the guest here, either.
-    """
-    final = place(decision.transfer)
-    fresh = final.with_suffix(".new")
+def release(transfer: str, epoch: int, machine: str, uuid: str) -> None:
+    """Make the record. MigrationError means that it was not made, and, since none can be made later, that the
+    guest stays."""
+    path = place(transfer)
+    found: Decision | None
+    wanted = Decision(transfer, "released", epoch, vm=machine, uuid=uuid)
     try:
-        final.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "wb") as file:
-            file.write(msgspec.json.encode(decision) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(fresh, final)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            fresh.unlink()
-        raise MigrationError(f"{final}: {error.strerror}; the guest stays here") from None
-    try:
-        _sync_folder(final.parent)
-    except OSError as error:
-        log.warning("%s: %s", final.parent, error.strerror)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = decision.decide(str(path), wanted)
+    except (OSError, RecordError) as error:
+        found = _look(path)
+        if found is None:
+            reason = getattr(error, "strerror", None) or error
+            raise MigrationError(f"{path}: {reason}; the guest stays here") from None
+    if found.verdict != "released":
+        raise MigrationError(f"{path}: has been taken back; the guest stays here")
 
 
-def _sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _look(path: Path) -> Decision | None:
+    """What has been decided, as far as can be told."""
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        return decision.decided(str(path))
+    except (OSError, RecordError):
+        return None
 
 
 def read(path: Path) -> Decision:
-    """MigrationError where there is none."""
+    """A record of a released machine; MigrationError where there is none."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Decision)
+        found = decision.decided(str(path))
     except OSError as error:
         raise MigrationError(f"{path}: {error.strerror}") from None
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise MigrationError(f"{path}: is no record of a released machine: {error}") from None
+    except RecordError as error:
+        raise MigrationError(str(error)) from None
+    if found is None or found.verdict != "released":
+        raise MigrationError(f"{path}: says of no machine that it was released")
+    return found
 
 
 def forget(transfer: str) -> None:
     """The target runs and knows it: nobody will ask any more."""
     with contextlib.suppress(OSError):
-        place(transfer).unlink()
+        decision.forget(str(place(transfer)))

@@ -10,7 +10,7 @@ from typing import Any
 
 from coordinator.contract.errors import AtollError, ConfigError
 from coordinator.machine import Ending, Vm
-from coordinator.migrate import file, uri
+from coordinator.migrate import disks, file, uri
 from coordinator.migrate.parameters import Parameters
 from coordinator.migrate.source import Source, reason
 from coordinator.migrate.status import FINAL, Status
@@ -87,14 +87,14 @@ class Manager:
             self.status.move("cancelling")
             self._task.cancel()
 
-    def recover(self, where: str) -> None:
+    async def recover(self, where: str) -> None:
         """On a target that waits for its source's word: listen at another address, or take the word from the
         source's record (file:PATH)."""
         if self._target is None or not self._target.in_doubt or self._idle:
             raise ConfigError("migrate-recover: there is no migration that waits for its source")
         place = uri.parse(where, "migrate-recover")
         if place.kind == "file":
-            self._target.recover(Path(place.path))
+            await self._target.recover(Path(place.path))
         else:
             self._target.listen_at(place)
 
@@ -140,6 +140,7 @@ class Manager:
         self._vm.end(Ending("internal-error", 1, f"incoming migration: {why}"))
 
     async def _to_file(self, path: Path, status: Status) -> None:
+        await disks.SourceDisks(self._vm, "").check(unleased=True)
         async with self._vm.frozen() as frozen:
             status.stopped()
             status.move("active")
@@ -152,6 +153,7 @@ class Manager:
         status.move("active")
         with file.opened(path) as source:
             state, _ = await file.read(self._vm, source, str(path))
+        await disks.take(self._vm)
         await self._vm.arrived(state.runstate)
         status.resumed()
 

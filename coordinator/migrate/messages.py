@@ -34,12 +34,28 @@ class Offer(Said, frozen=True, tag="offer"):
     tls: bool
 
 
+class LeasedImage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A writable disk by its drive's id; ``token`` tells its lease from any other."""
+
+    id: str
+    epoch: int
+    token: str
+
+
+class Leases(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Of all writable disks together, as PrepareTransfer told them."""
+
+    epoch: int
+    images: tuple[LeasedImage, ...]
+
+
 class State(Said, frozen=True, tag="state"):
     """``state`` is a part; ``normal`` and ``zero`` count the pages that all connections have brought."""
 
     state: bytes
     normal: int
     zero: int
+    leases: Leases | None = None
 
 
 class Released(Said, frozen=True, tag="released"):

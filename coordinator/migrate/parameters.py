@@ -32,6 +32,7 @@ class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename
     stopped_time: Literal["stands", "passes"] = "stands"
     x_data_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
     x_aim: str = ""
+    unleased_disks: Literal["refuse", "allow"] = "refuse"
     x_fault: str = ""
 
     @property

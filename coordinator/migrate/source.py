@@ -24,6 +24,7 @@ from coordinator.machine import Frozen, Vm
 from coordinator.migrate import channel, decision, describe, messages, pump, ram, stream
 from coordinator.migrate.aim import Aim, caught
 from coordinator.migrate.capture import MachineState, capture
+from coordinator.migrate.disks import SourceDisks
 from coordinator.migrate.faults import Fault
 from coordinator.migrate.link import Dialer
 from coordinator.migrate.parameters import Parameters
@@ -70,6 +71,7 @@ class Source:
         self._frozen: Frozen | None = None
         self._sender: ram.Sender | None = None
         self._state: MachineState | None = None
+        self._disks = SourceDisks(vm, self.transfer)
         #: the target has said that it cannot
         self._refused = False
         #: and that the guest is there
@@ -115,6 +117,7 @@ class Source:
     # ---- phases ----------------------------------------------------------------------------------
     async def negotiate(self) -> None:
         """Machine, CPU features, media: every difference is named before a byte of memory moves."""
+        await self._disks.check(self.parameters.unleased_disks == "allow")
         self._link = Dialer(self.uri, self.transfer)
         self._undo.push_async_callback(self._farewell)
         await self._link.connect()
@@ -175,6 +178,16 @@ class Source:
         self._hold.push(lambda *error: self.status.resumed())
         self.status.stopped()
 
+    async def flush(self) -> None:
+        """All disks at rest: what was written is durable, their images are closed, and their leases marked.
+        """
+        await self._disks.prepare()
+        self._hold.push_async_callback(self._give_back)
+
+    async def _give_back(self) -> None:
+        if not self.committed:
+            await self._disks.abort()
+
     async def settle(self) -> None:
         """The state of all but memory. Interrupts that are posted and not taken travel as they are, so
         nothing moves here."""
@@ -208,6 +221,7 @@ class Source:
             state=stream.encode(Part.STATE, self._state),
             normal=counts.normal,
             zero=counts.zero,
+            leases=self._disks.leases,
         )
         answer = await self._unless_lost(self._ask("verify", state, messages.Verified))
         sent = self._sender.counts
@@ -220,14 +234,22 @@ class Source:
         the guest stands, whatever happens."""
         assert self._frozen is not None
         self.committed, self._frozen.after = True, "postmigrate"
-        machine = self.vm.machine
-        record = decision.Decision(self.transfer, machine.name, machine.uuid, self.epoch)
         try:
-            await asyncio.shield(asyncio.to_thread(decision.record, record))
+            await asyncio.shield(self._decide())
         except MigrationError:
             self.committed, self._frozen.after = False, None
             raise
         await self._hold.aclose()
+
+    async def _decide(self) -> None:
+        """One record: beside the leases where there are some, else in a folder of the user's."""
+        if self._disks.leases is not None:
+            await self._disks.release()
+            return
+        machine = self.vm.machine
+        await asyncio.to_thread(
+            decision.release, self.transfer, self.epoch, machine.name, machine.uuid
+        )
 
     async def resume(self) -> None:
         """The target may run: said until it answers. It may be long in coming, or at another address
@@ -236,7 +258,8 @@ class Source:
         await self._ask("resume", message, messages.Running, lambda: self.status.move("postcopy-paused"))
         self._answered = True
         await self._tell(messages.Heard(transfer=self.transfer))
-        decision.forget(self.transfer)
+        if self._disks.leases is None:
+            decision.forget(self.transfer)
 
     # ---- talking ---------------------------------------------------------------------------------
     async def _tell(self, message: messages.AnyOfSource) -> None:
@@ -306,7 +329,7 @@ class Source:
         assert self._link is not None
         link, self._link = self._link, None
         if self.committed and not (self._answered or self._refused):
-            place = decision.place(self.transfer)
+            place = self._disks.decision or decision.place(self.transfer)
             log.warning("the guest was released to %s, which has not answered", self.uri)
             log.warning("say there: migrate-recover file:%s", place)
         if self.committed or not link.met:
@@ -341,6 +364,7 @@ PHASES = (
     Phase("aim", Source.aim),
     Phase("drain", Source.drain),
     Phase("stop", Source.stop),
+    Phase("flush", Source.flush),
     Phase("settle", Source.settle),
     Phase("send", Source.send),
     Phase("verify", Source.verify),

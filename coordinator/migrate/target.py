@@ -15,11 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from coordinator.contract.errors import AtollError, MigrationError
+from coordinator.contract.errors import AtollError, IslandError, MigrationError
 from coordinator.contract.tls import server_context
 from coordinator.machine import Vm
 from coordinator.migrate import channel, decision, describe, messages, pump, ram, stream
 from coordinator.migrate.capture import MachineState, TimeRecord, apply
+from coordinator.migrate.disks import TargetDisks
 from coordinator.migrate.faults import Fault
 from coordinator.migrate.link import Listener
 from coordinator.migrate.parameters import Parameters
@@ -35,6 +36,9 @@ LINGER_SECONDS = 120.0
 #: how often a source that has been accepted and does not come is looked for, and for how long it may be
 #: out of reach, seconds
 LOOK_SECONDS, GONE_SECONDS = 0.5, 3.0
+
+#: between attempts to take leases that the source has released, seconds
+GRANT_SECONDS = 1.0
 
 T = TypeVar("T")
 
@@ -53,6 +57,7 @@ class Target:
         self._receiver: ram.Receiver | None = None
         self._state: MachineState | None = None
         self._time: TimeRecord | None = None
+        self._disks: TargetDisks | None = None
         #: everything is here; only the source's word is missing
         self.in_doubt = False
         #: set to go on without it: the user has shown the source's record
@@ -153,6 +158,8 @@ class Target:
             came, went = counts.normal + counts.zero, message.normal + message.zero
             raise MigrationError(f"{came} pages have come, the source says {went}")
         self._state = stream.decode(message.state, Part.STATE, MachineState, "the source")
+        self._disks = TargetDisks(self.vm, self._transfer, message.leases)
+        await self._disks.check()
         self._time = await apply(self.vm, self._state)
         self.status.drives = list(self._state.drives)
 
@@ -182,6 +189,7 @@ class Target:
     async def _resume(self, epoch: int) -> None:
         assert self._state is not None and self._time is not None
         await self._at("resume")
+        await self._grant()
         self.vm.epoch = epoch + 1
         passed = time.time_ns() - self._time.stopped_at_ns if self.parameters.stopped_time == "passes" else 0
         passed = max(0, passed)
@@ -196,6 +204,21 @@ class Target:
         self._running = messages.Running(transfer=self._transfer, epoch=self.vm.epoch)
         for _ in range(self._fault.copies("target.resume")):
             await self._link.send(self._running)
+
+    async def _grant(self) -> None:
+        """The disks are ours. What stands in the way (a full disk, a folder that is out of reach) may pass,
+        and the source has let go: so this is tried until it succeeds."""
+        assert self._disks is not None
+        while True:
+            try:
+                return await self._disks.grant()
+            except IslandError as error:
+                if self.vm.ending.done():
+                    raise
+                self.status.error = str(error)
+                self.status.move("postcopy-paused")
+                log.warning("migration: %s", error)
+                await asyncio.sleep(GRANT_SECONDS)
 
     # ---- talking ---------------------------------------------------------------------------------
     async def _listen(self) -> None:
@@ -302,8 +325,14 @@ class Target:
             await asyncio.gather(task, return_exceptions=True)
 
     # ---- recovery --------------------------------------------------------------------------------
-    def recover(self, place: Path) -> None:
-        """Go on by the source's own record, where the source is no more (migrate-recover)."""
+    async def recover(self, place: Path) -> None:
+        """Go on by the source's own record, where the source is no more (migrate-recover). That of leased
+        disks lies with them, and is found there."""
+        if self._disks is not None and self._disks.leased:
+            await self._disks.grant()
+            if not self._shown.done():
+                self._shown.set_result(self._epoch)
+            return
         record = decision.read(place)
         if record.transfer != self._transfer:
             raise MigrationError(f"{place}: is the record of another migration")

@@ -32,7 +32,7 @@ async def migrate_cancel(vm: Vm) -> None:
 
 
 async def migrate_recover(vm: Vm, uri: str) -> None:
-    vm.migration.recover(uri)
+    await vm.migration.recover(uri)
 
 
 async def query_migrate(vm: Vm) -> dict[str, Any]:
