@@ -108,7 +108,7 @@ class TargetDisks:
         self._vm, self._transfer, self._leases = vm, transfer, leases
 
     async def check(self) -> None:
-        """Both sides mean the same images, on storage that both reach; MigrationError names one that differs."""
+        """Both sides mean the same images, on storage that both reach; MigrationError names it."""
         if self._leases is None:
             return
         command = island.CheckTransfer(serial=self._vm.next_serial(), transfer=self._transfer)
