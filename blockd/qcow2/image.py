@@ -310,21 +310,21 @@ class Qcow2Image(Image):
     # ---- changing --------------------------------------------------------------------------------
     def write(self, offset: int, data: Buffer, fua: bool = False) -> None:
         if self.tracker is not None:
-            self.tracker.mark(offset, len(data))
+            self._mark_dirty(offset, len(data))
         self._writer.write(offset, memoryview(data))
         if self.condemned_count > MOST_CONDEMNED or fua:
             self.flush()
 
     def write_zeroes(self, offset: int, length: int, unmap: bool, fast: bool, fua: bool = False) -> None:
         if self.tracker is not None:
-            self.tracker.mark(offset, length)
+            self._mark_dirty(offset, length)
         self._writer.write_zeroes(offset, length, unmap, fast)
         if self.condemned_count > MOST_CONDEMNED or fua:
             self.flush()
 
     def trim(self, offset: int, length: int) -> None:
         if self.tracker is not None:
-            self.tracker.mark(offset, length)
+            self._mark_dirty(offset, length)
         self._writer.trim(offset, length)
         if self.condemned_count > MOST_CONDEMNED:
             self.flush()
@@ -332,8 +332,18 @@ class Qcow2Image(Image):
     def write_compressed(self, offset: int, *packed: bytes) -> None:
         """Store whole neighbouring clusters that are compressed already."""
         if self.tracker is not None:
-            self.tracker.mark(offset, len(packed) << self._bits)
+            self._mark_dirty(offset, len(packed) << self._bits)
         self._writer.write_packed(offset, packed)
+
+    def _mark_dirty(self, offset: int, length: int) -> None:
+        """In the bitmaps that are followed now: a change of size may be making others."""
+        with self.lock:
+            if self.tracker is not None:
+                self.tracker.mark(offset, length)
+
+    def cut(self, offset: int, length: int) -> None:
+        """Make zero what is about to be cut off, which no bitmap need know."""
+        self._writer.write_zeroes(offset, length, unmap=True, fast=False)
 
     def preallocate(self, offset: int, length: int) -> None:
         """Give every cluster of a range its place; what is not there yet reads as zeroes."""

@@ -166,11 +166,7 @@ def _cut(image: Qcow2Image, size: int) -> None:
     covered = header.cluster_size << image.mapping.layout.l2_bits
     stop = min(header.size, -(-size // covered) * covered)
     if stop > size:
-        tracker, image.tracker = image.tracker, None  # what is kept does not change
-        try:
-            image.write_zeroes(size, stop - size, unmap=True, fast=False)
-        finally:
-            image.tracker = tracker
+        image.cut(size, stop - size)
         image.refcounts.give_back_reserved()
         image.flush()
 

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import select
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,35 @@ def test_resize(tmp_path: Path) -> None:
         assert found == shown(files["theirs"]) and len(found) == 3
         for name in found:
             assert dirty(files["ours"], name) == dirty(files["theirs"], name), (following, name)
+
+
+def test_writers_beside_a_disk_that_grows(tmp_path: Path) -> None:
+    """No change is missing in a bitmap that is made anew while it is marked."""
+    file = str(tmp_path / "disk.qcow2")
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", file, "4M")
+    img("bitmap", "--add", "-g", "512", file, "one")
+    image = Qcow2Image(file)
+    written: list[set[int]] = [set() for _ in range(3)]
+
+    def work(number: int) -> None:
+        rnd = random.Random(number)
+        for _ in range(150):
+            sector = rnd.randrange(4 * MIB // 512)
+            image.write(sector * 512, b"x" * 512)
+            written[number].add(sector)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for step in range(1, 9):
+        operations.resize(image, (4 + step) * MIB)
+    for thread in threads:
+        thread.join()
+    image.close()
+    clean(file)
+    image = Qcow2Image(file, read_only=True)
+    assert set(np.flatnonzero(BitmapSet(image).content("one")).tolist()) == set().union(*written)
+    image.close()
 
 
 def test_a_snapshot_of_another_size(tmp_path: Path) -> None:
