@@ -127,9 +127,10 @@ def test_the_refcount_table_grows(tmp_path: Path, shape: tuple[int, int, int]) -
     assert qemu_check(file)["allocated-clusters"] >= length // shape[0]
 
 
-def test_many_threads(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("cluster_size", "extended"), [(4096, False), (65536, True)])
+def test_many_threads(tmp_path: Path, cluster_size: int, extended: bool) -> None:
     """Writers of ranges of their own, discards and flushes, and readers that look only at theirs."""
-    file = make(tmp_path / "disk.qcow2", 16 << 20, (4096, 3, 16))
+    file = make(tmp_path / "disk.qcow2", 16 << 20, (cluster_size, 3, 16), extended_l2=extended)
     image = Qcow2Image(file)
     failures: list[str] = []
 
