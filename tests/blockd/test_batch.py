@@ -316,6 +316,22 @@ def test_random_batches(
     qemu_reads(str(tmp_path / "disk"), bytes(traffic.model.data), tmp_path)
 
 
+@pytest.mark.parametrize("maker", [raw, compressed, shared])
+def test_reads_of_what_is_not_in_memory(
+    maker: Callable[[Path], tuple[Image, bytes]], tmp_path: Path, done: list[int]
+) -> None:
+    image, content = maker(tmp_path)
+    image.flush()
+    with open(image.file, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    offsets = [random.Random(6).randrange(SIZE - 9000) for _ in range(16)]
+    replies = Replies(serve(image, [b"".join(request(READ, offset, 9000) for offset in offsets)])[0])
+    for offset in offsets:
+        assert replies.next(7, (offset, 9000)) == (0, content[offset : offset + 9000])
+    image.close()
+
+
 @pytest.mark.parametrize("kind", ["raw", "512", "backed", "shared"])
 def test_several_connections(kind: str, tmp_path: Path, done: list[int]) -> None:
     """Each has its part of the disk, and takes clusters that the others have given up."""
