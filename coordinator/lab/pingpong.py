@@ -292,7 +292,9 @@ class PingPong:
             index=index,
             phase=drive.get("phase", "unknown"),
             stream=drive.get("stream", ""),
-            aim_missed=aim is not None and drive.get("phase") != aim.value,
+            aimed=(source.get("x-aimed", False) and (bool(drains) or drive.get("phase") == aim.value))
+            if aim
+            else None,
             drained=all(drain["drained"] for drain in drains) if drains else None,
             status=source.get("status", "gone"),
             outcome=attempt.outcome if lives else "lost",

@@ -22,13 +22,13 @@ class Migration(
 ):
     """One migration. Times are milliseconds unless named otherwise; None where there is nothing to say.
 
-    ``phase``: of the CD-ROM drive as it was stopped; ``aimed_missed``: it was aimed at another, and had moved
-    on. ``status``: QEMU's word of the source. ``outcome`` is "moved", "stayed" (the source went on),
-    "recovered" (the target went on by migrate-recover) or "lost". ``downtime_host``: from the stop to the
-    target's run, ``downtime_guest``: the gap in the guest's own clock. ``stall``: guest time from going on to
-    the next CD read that completed. ``bytes`` of guest memory sent. ``passes``: comparisons of the whole CD
-    since the migration before: right, wrong. ``timeline``: name and moment, in ms since the request, of what
-    was seen.
+    ``phase``: of the CD-ROM drive as it was stopped; ``aimed``: whether the drive was caught in the phase
+    that was aimed at (and, but for a drain, still stood there). ``status``: QEMU's word of the source.
+    ``outcome`` is "moved", "stayed" (the source went on), "recovered" (the target went on by migrate-recover)
+    or "lost". ``downtime_host``: from the stop to the target's run, ``downtime_guest``: the gap in the
+    guest's own clock. ``stall``: guest time from going on to the next CD read that completed. ``bytes`` of
+    guest memory sent. ``passes``: comparisons of the whole CD since the migration before: right, wrong.
+    ``timeline``: name and moment, in ms since the request, of what was seen.
     """
 
     experiment: str
@@ -36,7 +36,7 @@ class Migration(
     phase: str
     status: str
     outcome: str
-    aim_missed: bool = False
+    aimed: bool | None = None
     stream: str = "full"
     drained: bool | None = None
     error: str = ""

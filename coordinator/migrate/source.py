@@ -154,7 +154,8 @@ class Source:
         """Where it was asked for the guest runs on until a drive enters a phase, see aim.py."""
         aim = Aim.parse(self.parameters.x_aim)
         if aim is not None and self.vm.state == "running":
-            await self._unless_lost(self._undo.enter_async_context(caught(self.vm, aim)))
+            catch = self._undo.enter_async_context(caught(self.vm, aim))
+            self.status.aimed = await self._unless_lost(catch)
 
     async def drain(self) -> None:
         """Where a drive's policy asks for it the guest runs on until no command of it is half-way, up to the

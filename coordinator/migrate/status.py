@@ -34,6 +34,8 @@ class Status:
         self.drives: list[dict[str, Any]] = []
         #: and, where the guest has come here: UNIX time and guest time of its stop and of its going on, ns
         self.times: dict[str, int] = {}
+        #: and, where it was aimed at a phase, whether that came
+        self.aimed: bool | None = None
         #: and, where drives were asked to drain: see messages.DrainDrives of the contract
         self.drains: list[dict[str, Any]] = []
 
@@ -86,6 +88,8 @@ class Status:
         result["x-drives"] = self.drives
         if self.times:
             result["x-times"] = self.times
+        if self.aimed is not None:
+            result["x-aimed"] = self.aimed
         if self.drains:
             result["x-drains"] = self.drains
         if self.pages or self.counts().bytes:
