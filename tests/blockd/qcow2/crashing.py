@@ -188,6 +188,9 @@ class Life:
             raise AssertionError(f"{what}: {error}") from error
         self.model.data = bytearray(found)
         self.model.snapshots = kept
+        if self.kind == "bitmap":  # it may be out of date, so that it hinders a change of size
+            for action in ("--remove", "--add"):
+                _img("bitmap", action, self.file, "one")()
 
     # ---- library and img: one reply for each operation that has returned -------------------------------
     def _work(
@@ -231,7 +234,7 @@ class Life:
         assert status == -signal.SIGKILL, (self.folder / "log").read_text()
 
     def _library_step(self, model: Model, rnd: random.Random) -> Callable[[], None]:
-        whole = self.kind in ("plain", "raw below", "qcow2 below")
+        whole = self.kind != "data file"
         action = step(model, rnd, whole, self.discards)
         return lambda: action(_opened(self.file))
 
@@ -244,7 +247,7 @@ class Life:
             name = model.new_name()
             model.snapshots[name] = bytes(model.data)
             return _img("snapshot", "-c", name, self.file)
-        if choice < 0.4 and names and self.kind != "bitmap":
+        if choice < 0.4 and names:
             name = rnd.choice(names)
             model.data = bytearray(model.snapshots[name])
             return _img("snapshot", "-a", name, self.file)
@@ -252,7 +255,7 @@ class Life:
             name = rnd.choice(names)
             del model.snapshots[name]
             return _img("snapshot", "-d", name, self.file)
-        if choice < 0.65 and self.kind != "bitmap":
+        if choice < 0.65:
             size = rnd.randrange(SIZE // 4, 2 * SIZE) // SECTOR * SECTOR
             model.data = model.data[:size] + bytes(max(0, size - len(model.data)))
             return _img("resize", "-q", "--shrink", self.file, str(size))
