@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from blockd.image import Extent, Image
 from blockd.img import common
 
@@ -82,15 +84,14 @@ def _paired(first: Image, second: Image, size: int) -> Iterator[tuple[int, int, 
 def _difference(first: Image, second: Image, at: int, length: int) -> int | None:
     """The sector at which two ranges begin to differ."""
     one, two = memoryview(bytearray(min(length, CHUNK))), memoryview(bytearray(min(length, CHUNK)))
+    ones, twos = np.frombuffer(one, np.uint8), np.frombuffer(two, np.uint8)
     end = at + length
     while at < end:
         piece = min(end - at, CHUNK)
         first.read_into(at, one[:piece])
         second.read_into(at, two[:piece])
-        if one[:piece] != two[:piece]:
-            for inside in range(0, piece, 512):
-                if one[inside : inside + 512] != two[inside : inside + 512]:
-                    return at + inside
+        if not np.array_equal(ones[:piece], twos[:piece]):
+            return at + int(np.flatnonzero(ones[:piece] != twos[:piece])[0]) // 512 * 512
         at += piece
     return None
 
@@ -103,8 +104,9 @@ def _not_zero(image: Image, start: int) -> int | None:
             piece = min(stop - offset, CHUNK)
             buffer = bytearray(piece)
             image.read_into(offset, memoryview(buffer))
-            if buffer.strip(b"\0"):
-                return offset + next(n for n in range(0, piece, 512) if buffer[n : n + 512].strip(b"\0"))
+            used = np.flatnonzero(np.frombuffer(buffer, np.uint8))
+            if len(used):
+                return offset + int(used[0]) // 512 * 512
             offset += piece
         at = stop
     return None
