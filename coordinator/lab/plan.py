@@ -108,7 +108,10 @@ def experiment(fields: Mapping[str, Any]) -> Experiment:
     try:
         made = msgspec.convert(dict(fields), Experiment, strict=False)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"experiment {fields.get('name', '')}: {error}") from None
+        what, _, place = str(error).partition(" - at `$.")
+        if key := place.removesuffix("`"):
+            what = f"{key} = {fields.get(key)}: {what}"
+        raise ConfigError(f"experiment {fields.get('name', '')}: {what}") from None
     made.check()
     return made
 
@@ -137,6 +140,8 @@ def read(path: Path) -> Plan:
     if not isinstance(base, dict) or not isinstance(tables, list) or not tables:
         raise ConfigError(f"{path}: says no [[experiment]]")
     try:
+        if not all(isinstance(table, dict) for table in tables):
+            raise ConfigError("experiment is a table, [[experiment]]")
         made = [experiment(fields) for table in tables for fields in variants({**base, **table})]
         names = [one.name for one in made]
         if twice := next((name for name in names if names.count(name) > 1), None):

@@ -61,7 +61,9 @@ def _curves(axes: Any, lists: Sequence[tuple[str, Sequence[float | None]]], labe
 
 
 def downtime(results: Results, found: list[Summary], plt: Any) -> Any:
-    figure, (host, guest) = plt.subplots(1, 2, figsize=(WIDTH, 3.6), sharey=True)
+    figure, (host, guest) = plt.subplots(
+        layout="constrained", nrows=1, ncols=2, figsize=(WIDTH, 3.6), sharey=True
+    )
     for axes, attribute, label in (
         (host, "downtime_host", "downtime as the host sees it"),
         (guest, "downtime_guest", "downtime as the guest sees it"),
@@ -74,7 +76,7 @@ def downtime(results: Results, found: list[Summary], plt: Any) -> Any:
 
 
 def stall(results: Results, found: list[Summary], plt: Any) -> Any:
-    figure, axes = plt.subplots(figsize=(WIDTH, 3.6))
+    figure, axes = plt.subplots(layout="constrained", figsize=(WIDTH, 3.6))
     _curves(
         axes,
         [(s.experiment.name, [m.stall for m in results.of(s.experiment.name)]) for s in found],
@@ -92,9 +94,13 @@ def _longest(migrations: Sequence[Migration]) -> list[Migration]:
 
 def timeline(results: Results, found: list[Summary], plt: Any) -> Any:
     lists = [(one.experiment.name, _longest(results.of(one.experiment.name))) for one in found]
-    heights = [max(1.2, 0.11 * len(migrations) + 0.7) for _, migrations in lists]
+    heights = [0.13 * max(6, len(migrations)) + 0.7 for _, migrations in lists]
     figure, all_axes = plt.subplots(
-        len(lists), 1, figsize=(WIDTH, sum(heights)), squeeze=False, gridspec_kw={"height_ratios": heights}
+        layout="constrained",
+        nrows=len(lists),
+        figsize=(WIDTH, sum(heights) + 0.8),
+        squeeze=False,
+        gridspec_kw={"height_ratios": heights},
     )
     for (name, migrations), axes in zip(lists, all_axes[:, 0], strict=True):
         for row, migration in enumerate(migrations):
@@ -108,7 +114,9 @@ def timeline(results: Results, found: list[Summary], plt: Any) -> Any:
         axes.grid(axis="x", alpha=0.3)
         axes.set_xlabel("ms since it was asked for", fontsize=8)
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in PARTS.values()]
-    all_axes[0, 0].legend(handles, list(PART_NAMES.values()), fontsize=7, loc="upper right")
+    figure.legend(
+        handles, list(PART_NAMES.values()), fontsize=7, loc="outside lower center", ncols=len(PARTS)
+    )
     return figure
 
 
@@ -120,7 +128,7 @@ def outcomes(results: Results, found: list[Summary], plt: Any) -> Any:
             (m.phase, verdict(m)) for m in results.of(one.experiment.name) if m.outcome != "stayed"
         )
         rows += [(f"{one.experiment.name}: {phase}", counts, phase) for phase in one.phases]
-    figure, axes = plt.subplots(figsize=(WIDTH, max(1.6, 0.26 * len(rows) + 1.0)))
+    figure, axes = plt.subplots(layout="constrained", figsize=(WIDTH, max(1.6, 0.26 * len(rows) + 1.0)))
     for row, (_, counts, phase) in enumerate(rows):
         left, total = 0.0, sum(count for (met, _), count in counts.items() if met == phase)
         for word in VERDICTS:
@@ -142,7 +150,11 @@ def outcomes(results: Results, found: list[Summary], plt: Any) -> Any:
 def phases(results: Results, found: list[Summary], plt: Any) -> Any:
     """Phases met, with their bounds, beside the share of guest time."""
     figure, all_axes = plt.subplots(
-        len(found), 1, figsize=(WIDTH, 1.7 * len(found) + 0.6), squeeze=False, sharex=True
+        layout="constrained",
+        nrows=len(found),
+        figsize=(WIDTH, 1.7 * len(found) + 0.6),
+        squeeze=False,
+        sharex=True,
     )
     names = list(
         dict.fromkeys(name for s in found for name in (*s.phases, *(s.shares.shares if s.shares else ())))
@@ -189,7 +201,6 @@ def png(results: Results) -> dict[str, bytes]:
         for name, (title, draw) in PLOTS.items():
             figure = draw(results, found, plt)
             figure.suptitle(title, fontsize=11)
-            figure.tight_layout()
             out = io.BytesIO()
             figure.savefig(out, format="png", dpi=DPI, metadata={"Software": None})
             plt.close(figure)
