@@ -15,13 +15,13 @@ FINAL = ("none", "completed", "failed", "cancelled")
 
 
 class Status:
-    """Of one migration, from its beginning. ``state`` is QEMU's MigrationStatus; ``phase`` the phase of ours
-    that is under way. Times are seconds of the host."""
+    """Of one migration, from its beginning. ``state`` is QEMU's MigrationStatus. Times are seconds of the host.
+    """
 
     def __init__(self, event: Callable[[str, dict[str, Any]], None]) -> None:
         self._event = event
         self.state = "none"
-        self.phase = ""
+        self._phases: list[tuple[str, float]] = []
         #: names this migration on both sides, and the record of its commit point
         self.transfer = ""
         self.error: str | None = None
@@ -38,6 +38,15 @@ class Status:
         self.aimed: bool | None = None
         #: and, where drives were asked to drain: see messages.DrainDrives of the contract
         self.drains: list[dict[str, Any]] = []
+
+    @property
+    def phase(self) -> str:
+        """The phase of ours that is under way."""
+        return self._phases[-1][0] if self._phases else ""
+
+    @phase.setter
+    def phase(self, name: str) -> None:
+        self._phases.append((name, time.monotonic()))
 
     # ---- what happens ----------------------------------------------------------------------------
     def move(self, state: str) -> None:
@@ -83,6 +92,7 @@ class Status:
             downtime = ((self._resumed or now) - self._stopped) * MS
             result["downtime" if self._resumed else "expected-downtime"] = round(downtime)
         result["x-phase"] = self.phase
+        result["x-phases"] = self._spent(now)
         if self.transfer:
             result["x-transfer"] = self.transfer
         result["x-drives"] = self.drives
@@ -95,6 +105,14 @@ class Status:
         if self.pages or self.counts().bytes:
             result["ram"] = self._ram(now)
         return result
+
+    def _spent(self, now: float) -> dict[str, float]:
+        """How long each phase has taken, milliseconds, in their order."""
+        spent: dict[str, float] = {}
+        ends = [begun for _, begun in self._phases[1:]] + [now]
+        for (name, begun), end in zip(self._phases, ends, strict=True):
+            spent[name] = round(spent.get(name, 0.0) + (end - begun) * MS, 1)
+        return spent
 
     def _ram(self, now: float) -> dict[str, Any]:
         counts = self.counts()

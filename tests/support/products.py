@@ -43,7 +43,7 @@ def _compiled(name: str, flags: tuple[str, ...]) -> Path:
 def initramfs() -> Path:
     """busybox, modules for CD and disks, our own programs and tests/guests/init, as the kernel wants it."""
     builder = source(Path(cpio.__file__), Path(modules.__file__), Path(__file__), GUESTS / "init")
-    programs = {"busybox": pieces.busybox(), "bench": program("bench"), "port": program("port")}
+    programs = {"busybox": pieces.busybox()} | {name: program(name) for name in ("bench", "fill", "port")}
 
     def build(path: Path) -> None:
         archive = cpio.Archive()

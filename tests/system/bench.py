@@ -1,6 +1,7 @@
 """`make bench`: native, QEMU (where installed) and Atoll side by side, from one run.
 
-Two sections, of which `--only` selects one: guests (this file) and block (bench_block.py).
+Three sections, of which `--only` selects some: guests (this file), block (bench_block.py) and migrate
+(bench_migrate.py).
 Each machine runs the same static program (tests/guests/bench) with one copy, then with two at once,
 pinned and started at a barrier; guests are booted by -kernel with two vCPUs. Then the time from start
 to init with the synchronous device round trips, and the rate at which the guest reads its CD.
@@ -26,14 +27,14 @@ from coordinator import pieces
 from coordinator.contract.errors import AtollError, ConfigError
 from tests.support import products
 from tests.support.launch import CONSOLE, HEARTBEAT_SECONDS, Guest, Launcher, end_on_sigterm
-from tests.system import bench_block, figures
+from tests.system import bench_block, bench_migrate, figures
 
 KERNELS = {
     "sha256": "integer", "nbody": "SSE2 double", "sieve": "stores", "qsort": "calls, branches",
     "chase": "cache misses", "memcpy": "block copies", "icall": "indirect calls", "x87": "80-bit float",
     "syscall": "system calls", "fork": "processes", "pagefault": "page faults",
 }
-SECTIONS = ("guests", "block")
+SECTIONS = ("guests", "block", "migrate")
 MACHINES = ("native", "qemu", "atoll")
 TITLES = {"native": "native", "qemu": "QEMU TCG", "atoll": "Atoll"}
 QEMU = "qemu-system-x86_64"
@@ -298,6 +299,7 @@ def main(arguments: list[str] | None = None) -> int:
     kernels, names, sections = (text.split(",") for text in (options.kernels, options.machines, options.only))
     machines: dict[str, Machine] = {}
     block: bench_block.Results | None = None
+    moved: bench_migrate.Results | None = None
     try:
         for given, known in ((kernels, KERNELS), (names, MACHINES), (sections, SECTIONS)):
             for word in given:
@@ -307,6 +309,8 @@ def main(arguments: list[str] | None = None) -> int:
             machines = run_guests(options, kernels, names)
         if "block" in sections:
             block = bench_block.run(bench_block.Plan(), say)
+        if "migrate" in sections:
+            moved = bench_migrate.run(bench_migrate.Plan(), say, options.launcher)
     except AtollError as error:
         print(f"bench: {error}", file=sys.stderr)
         return error.exit_status
@@ -317,6 +321,10 @@ def main(arguments: list[str] | None = None) -> int:
         found["block"] = bench_block.as_json(block)
         failures += block.failures
         texts.append(bench_block.report(block))
+    if moved is not None:
+        found["migrate"] = bench_migrate.as_json(moved)
+        failures += moved.failures
+        texts.append(bench_migrate.report(moved))
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(found, indent=1) + "\n")
     seconds = time.monotonic() - begun
