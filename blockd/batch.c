@@ -175,20 +175,18 @@ static uint32_t parse(const struct batch *batch, uint32_t at, struct batch_reque
 
 uint32_t batch_plan(struct batch *batch, const struct batch_tables *tables)
 {
-    uint32_t at = batch->begin, ready = batch->ready;
+    uint32_t at = batch->begin;
     struct place place = {batch->segments, 0, 0};
     batch->planned = 0;
-    while (batch->planned < BATCH_REQUESTS && ready < batch->enough) {
+    while (batch->planned < BATCH_REQUESTS) {
         struct batch_request *request = &batch->requests[batch->planned];
         uint32_t next = parse(batch, at, request);
-        if (!next || request->length > batch->output_size ||
-            reply_size(batch, request) > batch->output_size - ready)
+        if (!next || (!request->writes && request->length > batch->output_size))
             break;
         place.first = place.next;
         if (!locate_all(tables, &place, request->offset, request->length, request->writes))
             break;
         request->segments = place.next - place.first;
-        ready += reply_size(batch, request);
         at = next;
         batch->planned++;
     }
@@ -289,10 +287,12 @@ uint32_t batch_run(struct batch *batch)
     bool eager = batch->planned > 1;
     batch->reads = batch->read_bytes = batch->writes = batch->write_bytes = 0;
     batch->done = 0;
-    for (uint32_t number = 0; number < batch->planned; number++) {
+    for (uint32_t number = 0; number < batch->planned && batch->ready < batch->enough; number++) {
         const struct batch_request *request = &batch->requests[number];
         uint8_t *reply = batch->output + batch->ready;
         uint32_t size = reply_size(batch, request);
+        if (size > batch->output_size - batch->ready)
+            break;
         if (request->writes) {
             if (!write_all(batch, request, segment))
                 break;

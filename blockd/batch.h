@@ -50,7 +50,7 @@ struct batch {
     const uint8_t *input;
     uint8_t *output;
     uint32_t output_size;
-    uint32_t enough; /* no request is begun when so many bytes of replies wait */
+    uint32_t enough; /* no request is done when so many bytes of replies wait */
     uint32_t structured;
     int32_t fd;
     uint64_t size;        /* of the disk */
@@ -72,5 +72,6 @@ uint32_t batch_plan(struct batch *batch, const struct batch_tables *tables);
  * asking where their bytes lie; none of them can be run. Returns their number. */
 uint32_t batch_peek(struct batch *batch);
 
-/* Do what was planned. Returns how many requests were done. */
+/* Do what was planned, as far as there is room for replies; all of it is announced when the first read has to
+ * wait for the disk. Returns how many requests were done. */
 uint32_t batch_run(struct batch *batch);

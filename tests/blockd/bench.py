@@ -64,7 +64,7 @@ def copy(uri: str) -> float:
     return SIZE / (1 << 20) / (time.perf_counter() - start)
 
 
-def fio(kind: str, seconds: float) -> Callable[[str], float]:
+def fio(kind: str, seconds: int) -> Callable[[str], float]:
     """4 KiB requests a second, at depth 16."""
 
     def work(uri: str) -> float:
@@ -89,7 +89,7 @@ def _fio(uri: str, kind: str, *options: str) -> float:
 
 
 class Bench:
-    def __init__(self, folder: Path, image_format: str, repeats: int, seconds: float) -> None:
+    def __init__(self, folder: Path, image_format: str, repeats: int, seconds: int) -> None:
         self.folder, self.format, self.repeats = folder, image_format, repeats
         self.servers = Servers(folder, image_format)
         self.full = folder / "full"
@@ -140,7 +140,7 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2)
+    parser.add_argument("--seconds", type=int, default=2)
     parser.add_argument("--format", default="qcow2", choices=("qcow2", "raw"))
     parser.add_argument("--folder", help="where the images lie, 3 GiB")
     parser.add_argument("case", nargs="*")
