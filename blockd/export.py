@@ -119,6 +119,13 @@ class Export:
             self._sessions.discard(session)
             self._past.add(session.counters)
 
+    def end_sessions(self) -> None:
+        """End every session, so that clients come back with nothing under way. The export stays."""
+        with self._lock:
+            sessions = list(self._sessions)
+        for session in sessions:
+            session.end()
+
     def retire(self) -> None:
         """End every session, make the image durable and close it. BlockError when the flush fails; the
         image is closed all the same."""

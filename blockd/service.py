@@ -18,6 +18,7 @@ from blockd.identity import identify
 from blockd.lease.manager import LeasedExports
 from blockd.lease.record import Owner
 from blockd.lease.transfer import Destination, Source
+from blockd.machine_snapshots import MachineSnapshots
 from blockd.nbd.handshake import Terms
 from blockd.nbd.listen import Listener, listen_tcp, listen_unix
 from blockd.nbd.server import Limits, Server
@@ -55,6 +56,7 @@ class Service:
         self.leased.on_loss = self._lease_lost
         self._losses: collections.deque[messages.LeaseLost] = collections.deque()
         source, destination = Source(self.leased), Destination(self.leased)
+        self._snapshots = MachineSnapshots(self.leased)
         self._server = Server(self.exports, limits, terms, self._client_left)
         self._persistent = persistent
         self._listeners: list[Listener] = []
@@ -75,6 +77,7 @@ class Service:
             messages.CheckTransfer: lambda command: destination.check(command.transfer),
             messages.GrantTransfer: lambda command: destination.grant(command.transfer, command.epoch),
             messages.Quit: self._end,
+            **self._snapshots.table(),
         }
 
     def listen(self, path: str) -> None:
@@ -133,6 +136,7 @@ class Service:
             listener.close()
         self._listeners.clear()
         self._server.end_all()
+        self._snapshots.close()
         self._errors += self.leased.close_all()
         if self._errors:
             raise BlockError("; ".join(self._errors))

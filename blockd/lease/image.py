@@ -46,6 +46,13 @@ class LeasedImage(Image):
             raise PermissionError(errno.EPERM, f"{self.file}: its lease has not been granted yet")
         self._lease.glance()
 
+    def held(self) -> Image:
+        """The image itself, for what is done to it as a whole; OSError when the lease is gone."""
+        if self._lease is None:
+            raise PermissionError(errno.EPERM, f"{self.file}: its lease has not been granted yet")
+        self._lease.check()
+        return self.inner
+
     def read_into(self, offset: int, view: memoryview) -> None:
         self.inner.read_into(offset, view)
 

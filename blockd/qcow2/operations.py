@@ -18,8 +18,9 @@ from blockd.qcow2 import snapshots
 from blockd.qcow2.bitmap_edit import BitmapSet
 from blockd.qcow2.header import MAX_SNAPSHOTS, ExtensionType, rewrite, write_tables
 from blockd.qcow2.snapshots import Snapshot
-from blockd.qcow2.switch import switch
+from blockd.qcow2.switch import Change, switch
 from blockd.qcow2.tables import Entries
+from blockd.qcow2.vmstate import VmState
 from blockd.qcow2.walk import read_l1
 from coordinator.contract.errors import BlockError
 
@@ -41,28 +42,46 @@ def create(image: Qcow2Image, name: str, now: float | None = None) -> Snapshot:
     """Keep the state of the disk under a name."""
     now = time.time() if now is None else now
     with at_rest(image):
-        if image.data is not image.host:
-            raise OSError(
-                errno.ENOTSUP, f"{image.file}: has an external data file, so it can have no snapshots"
-            )
-        known = snapshots.load(image.host, image.header)
-        if len(known) >= MAX_SNAPSHOTS:
-            raise OSError(errno.EFBIG, f"{image.file}: has {MAX_SNAPSHOTS} snapshots already")
-        ident = str(max((int(s.id) for s in known if s.id.isdecimal()), default=0) + 1)
-        header = image.header
-        made = Snapshot(
-            header.l1_table_offset,
-            header.l1_size,
-            ident,
-            name,
-            int(now),
-            int(now % 1 * 1e9),
-            0,
-            0,
-            header.size,
-        )
-        switch(image, image.mapping.l1, header.size, [*known, made])
+        made, change = creation(image, name, int(now * 1e9))
+        change.commit()
+        change.finish()
         return made
+
+
+def creation(
+    image: Qcow2Image,
+    name: str,
+    now_ns: int,
+    clock_ns: int = 0,
+    state: VmState | None = None,
+    replace_named: bool = False,
+) -> tuple[Snapshot, Change]:
+    """A snapshot, ready to be taken into use: at UNIX time ``now_ns`` and guest time ``clock_ns``, with the
+    machine's state where there is one, in the place of those with its name if ``replace_named``. The image is
+    at rest."""
+    if image.data is not image.host:
+        raise OSError(errno.ENOTSUP, f"{image.file}: has an external data file, so it can have no snapshots")
+    known = snapshots.load(image.host, image.header)
+    if len(known) >= MAX_SNAPSHOTS:
+        raise OSError(errno.EFBIG, f"{image.file}: has {MAX_SNAPSHOTS} snapshots already")
+    ident = str(max((int(s.id) for s in known if s.id.isdecimal()), default=0) + 1)
+    if replace_named:
+        known = [snapshot for snapshot in known if snapshot.name != name]
+    header = image.header
+    active = image.mapping.l1[: max(1, header.l1_entries_for(header.size))]
+    made = Snapshot(
+        header.l1_table_offset,
+        len(active),
+        ident,
+        name,
+        now_ns // 10**9,
+        now_ns % 10**9,
+        clock_ns,
+        state.size if state is not None else 0,
+        header.size,
+    )
+    fresh = (made, state.table(active)) if state is not None else None
+    return made, Change(image, active, header.size, [*known, made], made=fresh)
 
 
 def apply(image: Qcow2Image, wanted: str) -> None:
@@ -70,17 +89,31 @@ def apply(image: Qcow2Image, wanted: str) -> None:
     with at_rest(image):
         known = snapshots.load(image.host, image.header)
         snapshot = snapshots.find(image.file, known, wanted)
-        l1 = read_l1(image, snapshot.l1_table_offset, snapshot.l1_size)
         size, old = snapshot.disk_size, image.size
         if size > old:
             _resize_bitmaps(image, size)
         if image.tracker is not None:
             image.tracker.mark(0, old)
-        switch(image, l1, size, known)
+        switch(image, _disk_of(image, snapshot), size, known)
         if size < old:
             _resize_bitmaps(image, size)
         if image.tracker is not None:
             image.tracker.mark(0, size)
+
+
+def application(image: Qcow2Image, snapshot: Snapshot) -> Change:
+    """The same, ready to be taken into use, for a disk that still has the size it had then. The image is at
+    rest."""
+    known = snapshots.load(image.host, image.header)
+    if image.tracker is not None:
+        image.tracker.mark(0, image.size)
+    return Change(image, _disk_of(image, snapshot), snapshot.disk_size, known)
+
+
+def _disk_of(image: Qcow2Image, snapshot: Snapshot) -> Entries:
+    """The L1 table of a snapshot without the machine's state, which lies behind the disk."""
+    entries = read_l1(image, snapshot.l1_table_offset, snapshot.l1_size)
+    return entries[: max(1, image.header.l1_entries_for(snapshot.disk_size))]
 
 
 def delete(image: Qcow2Image, wanted: str) -> None:
@@ -101,7 +134,8 @@ def resize(image: Qcow2Image, size: int) -> None:
         old = header.size
         entries = max(1, header.l1_entries_for(size))
         l1: Entries = np.zeros(entries, np.uint64)
-        kept = min(entries, len(image.mapping.l1))
+        # what lies behind is a machine's state
+        kept = min(entries, header.l1_entries_for(old))
         if size < old:
             _cut(image, size)
         else:

@@ -59,6 +59,103 @@ class _Space:
         return first
 
 
+class Change:
+    """Other tables for an image, whole and durable beside those in use: taken into use by ``commit``, after
+    which ``finish`` gives back what is not used any more, or ``undo`` goes back.
+
+    The image is at rest from before this is made until the end; left without ``commit`` it does nothing.
+    """
+
+    def __init__(
+        self,
+        image: Qcow2Image,
+        l1: Entries,
+        size: int,
+        known: list[Snapshot],
+        repairing: bool = False,
+        made: tuple[Snapshot, Entries] | None = None,
+    ) -> None:
+        """See ``switch``. ``made``: a snapshot, one of ``known``, whose L1 table is not on the disk yet."""
+        self.image = image
+        header, layout, refcounts = image.header, image.mapping.layout, image.refcounts
+        cluster_size, bits = header.cluster_size, header.cluster_bits
+        # nobody refers to these, so that they would be free in the new refcounts
+        refcounts.give_back_reserved()
+        if image.condemned:
+            image.flush()
+        if len(l1) * 8 > MAX_L1_BYTES:
+            raise OSError(errno.EFBIG, f"{image.file}: the disk would be too large for its cluster size")
+        l1 = (l1 & ~_COPIED).copy()
+        if repairing:
+            l1[~valid_tables(l1, layout)] = 0
+            l1[(l1 & _OFFSET) >= np.uint64(image.host.size())] = 0
+        clusters = clusters_in(image)
+        walk = Walk(np.zeros(clusters, np.uint64))
+        mark_fixed(walk, image)
+        mark_tree(walk, image, l1, "active table")
+        for snapshot in known:
+            if made is not None and snapshot is made[0]:
+                mark_tree(walk, image, made[1], f"snapshot {snapshot.id}")
+            else:
+                mark_snapshot(walk, image, snapshot)
+        if walk.errors and not repairing:
+            raise OSError(errno.EIO, f"{image.file}: {walk.errors[0]}; check the image first")
+        counts = walk.counts
+        if refcounts.order < 6 and len(counts) and int(counts.max()) > refcounts.maximum:
+            raise OSError(
+                errno.EOVERFLOW, f"{image.file}: refcounts of {1 << refcounts.order} bits are too narrow"
+            )
+
+        self._old = np.zeros(clusters, np.uint64) if repairing else refcounts.all(clusters)
+        space = _Space(np.zeros(clusters, bool) if repairing else (counts == 0) & (self._old == 0))
+        counts = _copy_tables(image, l1, counts, space)
+        if made is not None:
+            made[0].l1_table_offset = space.take(-(-len(made[1]) * 8 // cluster_size)) << bits
+            made[0].l1_size = len(made[1])
+            image.host.write(made[0].l1_table_offset, made[1].astype(">u8").tobytes())
+        snapshot_data = b"".join(snapshot.encode() for snapshot in known)
+        l1_at = space.take(-(-len(l1) * 8 // cluster_size))
+        snapshots_at = space.take(-(-len(snapshot_data) // cluster_size))
+        flags = _table_flags(l1, counts, bits)
+        image.host.write(l1_at << bits, (l1 | flags).astype(">u8").tobytes())
+        if snapshot_data:
+            image.host.write(snapshots_at << bits, snapshot_data)
+        table_at, table_clusters, self._new = _write_refcounts(image, counts, space)
+        image.host.resize(max(image.host.size(), space.end << bits))
+        image.host.sync()
+        self._fields = {
+            "size": size,
+            "l1_size": len(l1),
+            "l1_table_offset": l1_at << bits,
+            "refcount_table_offset": table_at << bits,
+            "refcount_table_clusters": table_clusters,
+            "nb_snapshots": len(known),
+            "snapshots_offset": snapshots_at << bits if known else 0,
+        }
+        self._before = {name: getattr(header, name) for name in self._fields}
+
+    def commit(self) -> None:
+        """Take the new tables into use; OSError leaves open which are, ``undo`` settles it."""
+        self._use(self._fields)
+
+    def undo(self) -> None:
+        """The tables of before: nothing of them has been given back yet."""
+        self._use(self._before)
+
+    def _use(self, fields: dict[str, int]) -> None:
+        image = self.image
+        try:
+            write_tables(image.host, image.header, **fields)
+        finally:
+            image.size = image.header.size
+            image.refcounts.reload()
+            image.mapping.reload()
+
+    def finish(self) -> None:
+        """Give the host the space of what is not used any more."""
+        _discard(self.image, self._old, self._new)
+
+
 def switch(
     image: Qcow2Image,
     l1: Entries,
@@ -71,63 +168,9 @@ def switch(
     With ``repairing``, entries that cannot be are dropped and refcounts are not believed. OSError leaves
     the image as it was: EIO when the tables are damaged, EOVERFLOW when refcounts are too narrow.
     """
-    header, layout, refcounts = image.header, image.mapping.layout, image.refcounts
-    cluster_size, bits = header.cluster_size, header.cluster_bits
-    # nobody refers to these, so that they would be free in the new refcounts
-    refcounts.give_back_reserved()
-    if image.condemned:
-        image.flush()
-    if len(l1) * 8 > MAX_L1_BYTES:
-        raise OSError(errno.EFBIG, f"{image.file}: the disk would be too large for its cluster size")
-    l1 = (l1 & ~_COPIED).copy()
-    if repairing:
-        l1[~valid_tables(l1, layout)] = 0
-        l1[(l1 & _OFFSET) >= np.uint64(image.host.size())] = 0
-    clusters = clusters_in(image)
-    walk = Walk(np.zeros(clusters, np.uint64))
-    mark_fixed(walk, image)
-    mark_tree(walk, image, l1, "active table")
-    for snapshot in known:
-        mark_snapshot(walk, image, snapshot)
-    if walk.errors and not repairing:
-        raise OSError(errno.EIO, f"{image.file}: {walk.errors[0]}; check the image first")
-    counts = walk.counts
-    if refcounts.order < 6 and len(counts) and int(counts.max()) > refcounts.maximum:
-        raise OSError(
-            errno.EOVERFLOW, f"{image.file}: refcounts of {1 << refcounts.order} bits are too narrow"
-        )
-
-    old_counts = np.zeros(clusters, np.uint64) if repairing else refcounts.all(clusters)
-    space = _Space(np.zeros(clusters, bool) if repairing else (counts == 0) & (old_counts == 0))
-    counts = _copy_tables(image, l1, counts, space)
-    snapshot_data = b"".join(snapshot.encode() for snapshot in known)
-    l1_at = space.take(-(-len(l1) * 8 // cluster_size))
-    snapshots_at = space.take(-(-len(snapshot_data) // cluster_size))
-    flags = _table_flags(l1, counts, bits)
-    image.host.write(l1_at << bits, (l1 | flags).astype(">u8").tobytes())
-    if snapshot_data:
-        image.host.write(snapshots_at << bits, snapshot_data)
-    table_at, table_clusters, counts = _write_refcounts(image, counts, space)
-    image.host.resize(max(image.host.size(), space.end << bits))
-    image.host.sync()
-
-    try:
-        write_tables(
-            image.host,
-            header,
-            size=size,
-            l1_size=len(l1),
-            l1_table_offset=l1_at << bits,
-            refcount_table_offset=table_at << bits,
-            refcount_table_clusters=table_clusters,
-            nb_snapshots=len(known),
-            snapshots_offset=snapshots_at << bits if known else 0,
-        )
-    finally:
-        image.size = header.size
-        refcounts.reload()
-        image.mapping.reload()
-    _discard(image, old_counts, counts)
+    change = Change(image, l1, size, known, repairing)
+    change.commit()
+    change.finish()
 
 
 def _copy_tables(

@@ -278,6 +278,63 @@ class GrantTransfer(Command, frozen=True, tag="granttransfer"):
     epoch: int
 
 
+class QuerySnapshots(Command, frozen=True, tag="querysnapshots"):
+    """blockd: value is a list of dicts: id, file, refusal (why its image can have no snapshots with others,
+    or None) and snapshots, each a dict of id, name, size (of the machine's state, bytes; 0 without), date_ns
+    (UNIX time) and clock_ns (guest time). ``images`` () means all exports."""
+
+    images: tuple[str, ...] = ()
+
+
+class StoreVmState(Command, frozen=True, tag="storestate"):
+    """blockd: connect to the UNIX socket ``path`` and keep what comes until its end in this export's image,
+    for the next CreateSnapshots. Value: its bytes. Answered when all is there."""
+
+    id: str
+    path: str
+
+
+class DropVmState(Command, frozen=True, tag="dropstate"):
+    """blockd: forget what StoreVmState has kept, if anything."""
+
+
+class FetchVmState(Command, frozen=True, tag="fetchstate"):
+    """blockd: connect to ``path`` and send the machine's state of a snapshot; answered with its bytes before
+    they are sent, which goes on beside other commands. An error later ends the stream early."""
+
+    id: str
+    tag: str
+    path: str
+
+
+class CreateSnapshots(Command, frozen=True, tag="createsnapshots"):
+    """blockd: a snapshot named ``tag`` of all these exports or of none, with the guest at rest. ``vmstate``
+    names the one that has the machine's state (StoreVmState), which appears last. ``replace``: snapshots of
+    this name make room in the same moment."""
+
+    tag: str
+    images: tuple[str, ...]
+    vmstate: str
+    date_ns: int
+    clock_ns: int
+    replace: bool = False
+
+
+class ApplySnapshots(Command, frozen=True, tag="applysnapshots"):
+    """blockd: make all these disks, or none, what they were at ``tag``, with the guest at rest. Sessions are
+    ended; clients come back."""
+
+    tag: str
+    images: tuple[str, ...]
+
+
+class DeleteSnapshots(Command, frozen=True, tag="deletesnapshots"):
+    """blockd: forget the snapshots named ``tag`` of all these exports that have some, or of none."""
+
+    tag: str
+    images: tuple[str, ...]
+
+
 class QueryExports(Command, frozen=True, tag="queryexports"):
     """blockd: value is a list of dicts (id, file, format, size, read_only, reads, writes, ...)."""
 
@@ -328,6 +385,13 @@ AnyCommand = (
     | CheckTransfer
     | GrantTransfer
     | ResizeExport
+    | QuerySnapshots
+    | StoreVmState
+    | DropVmState
+    | FetchVmState
+    | CreateSnapshots
+    | ApplySnapshots
+    | DeleteSnapshots
     | QueryExports
     | IdentifyExport
     | QueryDrives
