@@ -199,11 +199,12 @@ class PingPong:
             await target.end()
         times = attempt.target.get("x-times", {})
         after = times.get("guest-resumed", self._book.reads[-1].at)
-        lives = attempt.outcome != "lost" and await self._goes_on(after, mark)
+        lives = attempt.outcome != "lost" and await self._goes_on(after)
         if not lives and self._machine is not None:
             await self._machine.end()
             self._machine = None
-        self._prepare_next() if index + 1 < self._experiment.count else None
+        if index + 1 < self._experiment.count:
+            self._prepare_next()
         if lives:
             await _in_time(self._book.passes_after(len(self._book.passes)), self._experiment.patience)
         return self._judged(index, attempt, mark, lives)
@@ -238,24 +239,23 @@ class PingPong:
             await _in_time(source.qmp.event(_migrated, since), DOUBT_SECONDS)
         with contextlib.suppress(QmpError):
             attempt.source = await source.qmp.command("query-migrate")
+        recovered = False
         with contextlib.suppress(QmpError):
-            if attempt.source.get("status") not in ("failed", "cancelled"):
-                await self._recovered(target, attempt)
+            if attempt.source.get("status") not in FINAL:
+                recovered = await self._recovered(target)
             attempt.target = await target.qmp.command("query-migrate")
-        if attempt.source.get("status") == "completed":
-            attempt.outcome = "moved"
-        elif attempt.target.get("status") == "completed" and not attempt.outcome == "recovered":
-            attempt.outcome = "moved"
-        elif attempt.source.get("status") in ("failed", "cancelled"):
+        if "completed" in (attempt.source.get("status"), attempt.target.get("status")):
+            attempt.outcome = "recovered" if recovered else "moved"
+        elif attempt.source.get("status") in FINAL:
             attempt.outcome = "stayed"
         attempt.error = attempt.source.get("error-desc", "") or attempt.target.get("error-desc", "")
         return attempt
 
-    async def _recovered(self, target: Machine, attempt: Attempt) -> None:
+    async def _recovered(self, target: Machine) -> bool:
         """A target that has everything but its source's word is shown the source's record."""
-        status = await target.qmp.command("query-migrate")
-        if status.get("status") != "postcopy-paused":
-            return
+        word = await _in_time(target.qmp.event(_migrated_or_in_doubt), DOUBT_SECONDS)
+        if word is None or word.data["status"] in FINAL:
+            return False
         records = sorted(
             (self._folder / "state" / "atoll" / "released").glob("*"), key=lambda p: p.stat().st_mtime
         )
@@ -263,10 +263,10 @@ class PingPong:
             with contextlib.suppress(QmpError):
                 await target.qmp.command("migrate-recover", uri=f"file:{place}")
                 await _in_time(target.qmp.event(_migrated), DOUBT_SECONDS)
-                attempt.outcome = "recovered"
-                return
+                return True
+        return False
 
-    async def _goes_on(self, after: int, mark: Mark) -> bool:
+    async def _goes_on(self, after: int) -> bool:
         return await _in_time(self._book.read_after(after), self._experiment.patience) is not None
 
     # ---- after --------------------------------------------------------------------------------------
@@ -298,8 +298,7 @@ class PingPong:
             drained=all(drain["drained"] for drain in drains) if drains else None,
             status=source.get("status", "gone"),
             outcome=attempt.outcome if lives else "lost",
-            error=attempt.error
-            or ("" if lives else f"no read completed: {book.failed or 'patience is at an end'}"),
+            error=attempt.error or ("" if lives else self._why(attempt)),
             total=source.get("total-time", 0),
             setup=source.get("setup-time", 0),
             downtime_host=host,
@@ -315,6 +314,12 @@ class PingPong:
             kernel=tuple(text.text for text in book.kernel[mark.kernel :]),
             timeline=self._timeline(attempt, stall),
         )
+
+    def _why(self, attempt: Attempt) -> str:
+        """A guest that is lost without a word of either machine's."""
+        if attempt.outcome == "lost":
+            return "neither side has the guest"
+        return f"no read completed: {self._book.failed or 'patience is at an end'}"
 
     def _timeline(self, attempt: Attempt, stall: float | None) -> tuple[tuple[str, float], ...]:
         """Moments of one migration, ms since it was asked for."""
