@@ -41,6 +41,7 @@ _EVENTS = (
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
     | zmq.EVENT_CONNECT_RETRIED
+    | zmq.EVENT_DISCONNECTED
 )
 
 
@@ -89,24 +90,25 @@ class Dialer:
 
     async def _watch(self) -> str:
         """Returns when it is clear that no target will ever answer."""
-        refused_since, heard = 0.0, False
-        while True:
-            event = (await recv_monitor_message(self._monitor))["event"]
-            now = asyncio.get_running_loop().time()
-            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self.met = True
-            elif self.met:
+        clock = asyncio.get_running_loop().time
+        heard, until = False, None
+        while until is None or clock() < until:
+            try:
+                async with asyncio.timeout_at(until):
+                    event = (await recv_monitor_message(self._monitor))["event"]
+            except TimeoutError:
                 continue
-            elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self.met, until = True, None
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and not self.met:
                 place = keys.folder() / "key.pub"
                 return f"does not know our key; copy {place} to its peers folder, named after this host"
-            heard |= event != zmq.EVENT_CONNECT_RETRIED
-            if not refused_since:
-                refused_since = now
-            elif now - refused_since > REFUSED_SECONDS:
-                if heard:
-                    return "who listens there is no machine that waits for another, or has another key"
-                return "nobody listens there"
+            elif not self.met:
+                heard |= event != zmq.EVENT_CONNECT_RETRIED
+                until = until or clock() + REFUSED_SECONDS
+        if heard:
+            return "who listens there is no machine that waits for another, or has another key"
+        return "nobody listens there"
 
     async def _read(self) -> None:
         while True:
@@ -117,7 +119,9 @@ class Dialer:
                     self._inbox.put_nowait(message)
 
     async def send(self, message: msgspec.Struct) -> None:
-        await self._socket.send(encode(message))
+        """Lost where there is no connection, nor an attempt at one."""
+        with contextlib.suppress(zmq.Again):
+            await self._socket.send(encode(message), zmq.DONTWAIT)
 
     async def receive(self) -> messages.AnyOfTarget:
         """The next message of this transfer. Nothing is lost when the wait is cancelled."""
@@ -223,8 +227,11 @@ class Listener:
             return False
         return True
 
-    def close(self, linger_ms: int = 0) -> None:
-        self._socket.close(linger_ms)
+    def close(self) -> None:
+        """At once, and once more does nothing."""
+        if self._context.closed:
+            return
+        self._socket.close(0)
         self._zap.stop()
         self._context.term()
         for path in self._paths:
