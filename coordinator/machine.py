@@ -37,6 +37,7 @@ from coordinator.contract.errors import IslandError, MessageError
 from coordinator.contract.island import router
 from coordinator.contract.segment import Segment
 from coordinator.islands import Island
+from coordinator.jobs import Jobs
 from coordinator.policy import Options
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,8 @@ SHUTDOWN_CAUSES = ("guest-shutdown", *RESET_CAUSES)
 
 #: states in which a guest that has been moved away, or not here yet, cannot be made to run
 AWAY = {"postmigrate": "has been migrated away", "inmigrate": "is waiting for its migration"}
+#: states in which there is no guest that could run
+NEED_RESET = ("shutdown", "internal-error")
 #: held still for a migration
 LEAVING = "finish-migrate"
 
@@ -108,6 +111,7 @@ class Vm:
         self.on_event: list[Callable[[str, dict[str, Any]], None]] = []
         self.on_serial: Callable[[int, bytes], None] = lambda index, data: None
         self.on_debug: Callable[[int, bytes], None] = lambda port, data: None
+        self.jobs = Jobs(self.event, self.spawn)
         self.islands: dict[str, Island] = {}
         self._loader = loader
         self._hello: dict[str, asyncio.Event] = {}
@@ -151,7 +155,8 @@ class Vm:
         if self.options.incoming is not None:
             self.state = "inmigrate"
         self._started.set()
-        if not self.options.start_paused and self.options.incoming is None:
+        options = self.options
+        if not options.start_paused and options.incoming is None and options.loadvm is None:
             await self.cont()
 
     async def started(self) -> None:
@@ -417,7 +422,7 @@ class Vm:
         async with self._lock:
             if self.state == "running":
                 return
-            if self.state == "shutdown":
+            if self.state in NEED_RESET:
                 raise IslandError("Resetting the Virtual Machine is required")
             self._not_away()
             await self._run()
@@ -477,6 +482,11 @@ class Vm:
         if runs and self.state == "paused":
             self.state = "running"
 
+    async def blank(self) -> None:
+        """Every island as after power-on, for a state that is about to be put in. Only while ``frozen``."""
+        await self._all(self.hosts, messages.Reset)
+        await self._all(self.vcpus, messages.Reset)
+
     async def paused_command(self, role: str, command: messages.Command) -> Any:
         """A command that the island takes only while the guest is still."""
         async with self.paused():
@@ -520,7 +530,7 @@ class Vm:
         self.event("RESET", {"guest": guest, "reason": reason})
         if runs:
             await self._run()
-        elif self.state == "shutdown":
+        elif self.state in NEED_RESET:
             self.state = "prelaunch"
 
     def quit(self, reason: str = "host-qmp-quit") -> None:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Options:
     """``start_paused`` is -S, the others are named as the options are. ``incoming``: where the guest comes
-    from, None where it starts here."""
+    from, None where it starts here; ``loadvm``: the snapshot that it goes on from."""
 
     start_paused: bool = False
     no_reboot: bool = False
     no_shutdown: bool = False
     incoming: str | None = None
+    loadvm: str | None = None

@@ -105,6 +105,10 @@ def _incoming(s: Settings, value: str) -> None:
     s.options = dataclasses.replace(s.options, incoming=value)
 
 
+def _loadvm(s: Settings, value: str) -> None:
+    s.options = dataclasses.replace(s.options, loadvm=value)
+
+
 def machine(s: Settings, vga_rom: str | None, rom_size: int) -> Machine:
     """The configuration that every process reads; ``rom_size`` is 0 where no firmware runs."""
     boot = Boot(order=s.boot.order, once=s.boot.once, menu=s.boot.menu, direct=s.kernel is not None)
@@ -353,6 +357,7 @@ _VALUES: dict[str, Callable[[Settings, str], None]] = {
     "netdev": _no_network,
     "rtc": _rtc,
     "incoming": _incoming,
+    "loadvm": _loadvm,
     "pidfile": _set("pidfile"),
     "D": _set("log_file"),
     "trace": _trace,

@@ -69,6 +69,7 @@ OPTIONS = (
     Option("rtc", "base=utc|localtime|DATE,clock=host|vm", "real-time clock"),
     Option("S", None, "do not start the guest; wait for cont"),
     Option("incoming", "tcp:HOST:PORT|unix:PATH|file:PATH|defer", "wait for the guest of another machine"),
+    Option("loadvm", "TAG", "go on from a snapshot of the whole machine (savevm, snapshot-save)"),
     Option("no-reboot", None, "end instead of resetting"),
     Option("no-shutdown", None, "stop instead of ending when the guest shuts down"),
     Option("pidfile", "FILE", "write the coordinator's PID"),
@@ -92,7 +93,6 @@ ABSENT = {
     "fda": "there is no floppy drive",
     "fdb": "there is no floppy drive",
     "parallel": "there is no parallel port; say -serial",
-    "loadvm": "there are no machine snapshots yet",
     "gdb": "there is no gdb server; the monitor has info registers and x",
     "s": "there is no gdb server; the monitor has info registers and x",
 }

@@ -18,6 +18,7 @@ from coordinator.console import Mux, SerialPort
 from coordinator.contract.config import Machine
 from coordinator.contract.errors import AtollError, ConfigError
 from coordinator.machine import Ending, Loader, Vm
+from coordinator.migrate import snapshot
 from coordinator.migrate.manager import Manager
 from coordinator.monitor import MonitorFrontend
 from coordinator.qmp.door import Door
@@ -107,6 +108,10 @@ async def _until_the_end(vm: Vm, devices: list[chardev.Chardev]) -> Ending:
         await vm.start()
         if vm.options.incoming is not None:
             vm.migration.incoming(vm.options.incoming)
+        elif vm.options.loadvm is not None:
+            await snapshot.load(vm, vm.options.loadvm)
+            if not vm.options.start_paused:
+                await vm.cont()
 
     starting = asyncio.create_task(start())
     try:

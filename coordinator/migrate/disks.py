@@ -21,7 +21,7 @@ BLOCKD = "blockd"
 ATTEMPTS = 3
 
 
-def _written(vm: Vm) -> list[Drive]:
+def written(vm: Vm) -> list[Drive]:
     """Drives whose images this machine changes."""
     return [d for d in vm.machine.drives if d.file is not None and d.media is Media.DISK and not d.read_only]
 
@@ -45,7 +45,7 @@ class SourceDisks:
         """MigrationError names a disk that cannot go along. ``unleased``: the user answers for those without
         a lease."""
         rows = await _rows(self._vm)
-        for drive in _written(self._vm):
+        for drive in written(self._vm):
             state = rows.get(drive.id, {}).get("state", "none")
             if drive.snapshot:
                 raise MigrationError(

@@ -58,11 +58,17 @@ def opened(path: Path) -> BinaryIO:
 
 async def write(vm: Vm, frozen: Frozen, file: BinaryIO, where: str) -> Counts:
     """Description, state, memory of a frozen machine."""
-    segment = vm.segment
-    assert segment is not None
     description = await describe.describe(vm)
     state = await capture(vm, frozen.runstate, frozen.stopped_at_ns)
-    sender = ram.Sender(segment)
+    return await put_whole(vm, description, state, file, where)
+
+
+async def put_whole(
+    vm: Vm, description: describe.Description, state: MachineState, file: BinaryIO, where: str
+) -> Counts:
+    """The same of a machine that has been described."""
+    assert vm.segment is not None
+    sender = ram.Sender(vm.segment)
 
     def put() -> None:
         _put(file, stream.encode(Part.DESCRIPTION, description))

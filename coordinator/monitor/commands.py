@@ -16,6 +16,7 @@ from coordinator.cli.options import nearest
 from coordinator.contract import messages
 from coordinator.contract.errors import AtollError, UsageError
 from coordinator.machine import Vm
+from coordinator.migrate import snapshot
 from coordinator.monitor import info, memory
 
 log = logging.getLogger(__name__)
@@ -162,6 +163,24 @@ async def _nmi(c: Context, words: list[str]) -> str:
     return ""
 
 
+async def _savevm(c: Context, words: list[str]) -> str:
+    _expect(words, 0, 1)
+    await snapshot.save(c.vm, words[0] if words else snapshot.new_tag(), replace=True)
+    return ""
+
+
+async def _loadvm(c: Context, words: list[str]) -> str:
+    _expect(words, 1, 1)
+    await snapshot.load(c.vm, words[0])
+    return ""
+
+
+async def _delvm(c: Context, words: list[str]) -> str:
+    _expect(words, 1, 1)
+    await snapshot.delete(c.vm, words[0])
+    return ""
+
+
 def _format(c: Context, words: list[str]) -> tuple[str, str]:
     """Format and address of ``x/4xw ADDRESS`` and of ``x /4xw ADDRESS``."""
     suffix = c.suffix
@@ -193,6 +212,9 @@ COMMANDS: dict[str, Command] = {
     "screendump": Command(_screendump, "FILE [-f ppm|png]", "save the screen as a picture"),
     "sendkey": Command(_sendkey, "KEYS [HOLD_MS]", "press keys, as in ctrl-alt-delete"),
     "nmi": Command(_nmi, "", "inject an NMI on every CPU"),
+    "savevm": Command(_savevm, "[TAG]", "keep memory, devices and disks in the disks, as a snapshot"),
+    "loadvm": Command(_loadvm, "TAG", "go back to a snapshot of the whole machine"),
+    "delvm": Command(_delvm, "TAG", "forget a snapshot of the whole machine"),
     "x": Command(_x, "/FMT ADDRESS", "memory at a linear address"),
     "xp": Command(_xp, "/FMT ADDRESS", "memory at a guest-physical address"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from coordinator import media
 from coordinator.contract import messages
 from coordinator.machine import Vm
+from coordinator.migrate import snapshot
+from coordinator.migrate.snapshot import Snapshot
 from coordinator.monitor import registers
 from coordinator.version import version
 
@@ -124,6 +127,44 @@ async def _mtree(vm: Vm, cpu: int) -> str:
     return text
 
 
+async def _snapshots(vm: Vm, cpu: int) -> str:
+    """Those that can be loaded, then what single disks have besides, as QEMU lists them."""
+    disks = await snapshot.disks(vm)
+    if not any(disk.snapshots for disk in disks):
+        return "There is no snapshot available.\n"
+    whole = [
+        each
+        for disk in disks
+        for each in disk.snapshots
+        if each.size and all((other := d.named(each.name)) and other.date_ns == each.date_ns for d in disks)
+    ]
+    text = "List of snapshots present on all disks:\n" + _listed(whole, "--") if whole else ""
+    names = {each.name for each in whole}
+    for disk in disks:
+        if rest := [each for each in disk.snapshots if each.name not in names]:
+            text += f"\nList of partial (non-loadable) snapshots on '{disk.id}':\n{_listed(rest)}"
+    return text.lstrip("\n")
+
+
+def _listed(rows: list[Snapshot], ident: str = "") -> str:
+    text = f"{'ID':<10}{'TAG':<17}{'VM SIZE':>8}{'DATE':>20}{'VM CLOCK':>13}\n"
+    for row in rows:
+        date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row.date_ns // 10**9))
+        seconds, ms = divmod(row.clock_ns // 10**6, 1000)
+        clock = f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}.{ms:03d}"
+        text += f"{ident or row.id:<9} {row.name:<16} {_human(row.size):>8}{date:>20}{clock:>13}\n"
+    return text
+
+
+def _human(size: float) -> str:
+    """Three digits and a unit."""
+    units = iter(("B", "KiB", "MiB", "GiB", "TiB"))
+    unit = next(units)
+    while size >= 1000:
+        size, unit = size / 1024, next(units)
+    return f"{size:.3g} {unit}"
+
+
 async def _islands(vm: Vm, cpu: int) -> str:
     """The processes of the machine."""
     text = f"{'role':<10} {'pid':>8} {'state':<8} {'memory':>10} {'CPU':>8}\n"
@@ -154,5 +195,6 @@ TOPICS: dict[str, Topic] = {
     "lapic": Topic(_lapic, "local APIC of the CPU"),
     "mtree": Topic(_mtree, "the guest-physical memory map"),
     "version": Topic(_version, "version of Atoll"),
+    "snapshots": Topic(_snapshots, "snapshots of the whole machine, and of single disks"),
     "islands": Topic(_islands, "the processes of this machine"),
 }

@@ -14,7 +14,7 @@ from coordinator.contract import messages
 from coordinator.contract.errors import ConfigError, IslandError
 from coordinator.machine import Vm
 from coordinator.migrate.parameters import Parameters
-from coordinator.qmp import migration
+from coordinator.qmp import migration, snapshots
 from coordinator.version import version
 
 After = Callable[[], None]
@@ -169,6 +169,7 @@ async def human_monitor_command(vm: Vm, command_line: str, cpu_index: int = 0) -
 
 _DRIVE = {"device": _optional(str), "id": _optional(str)}
 _FORCE = {"force": _optional(bool)}
+_SNAPSHOT = {"job-id": Parameter(str), "tag": Parameter(str), "devices": Parameter(list)}
 
 COMMANDS: dict[str, Command] = {
     "query-commands": Command(query_commands, early=True),
@@ -208,6 +209,11 @@ COMMANDS: dict[str, Command] = {
     "query-migrate": Command(migration.query_migrate, early=True),
     "query-migrate-parameters": Command(migration.query_migrate_parameters, early=True),
     "x-query-phases": Command(migration.query_phases, {"reset": _optional(bool)}),
+    "snapshot-save": Command(snapshots.save, _SNAPSHOT | {"vmstate": Parameter(str)}),
+    "snapshot-load": Command(snapshots.load, _SNAPSHOT | {"vmstate": Parameter(str)}),
+    "snapshot-delete": Command(snapshots.delete, _SNAPSHOT),
+    "query-jobs": Command(snapshots.query_jobs, early=True),
+    "job-dismiss": Command(snapshots.job_dismiss, {"id": Parameter(str)}, early=True),
     "screendump": Command(
         screendump,
         {"filename": Parameter(str), "format": _optional(str)}
