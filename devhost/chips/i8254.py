@@ -76,9 +76,10 @@ class I8254(ByteDevice):
         self.channels[channel].set_gate(level, self.tick())
 
     # ---- OUT0 ------------------------------------------------------------------------------------
-    def _drive(self) -> None:
-        """Set IRQ0 to what counter 0 says now, and wait for its next rise."""
-        channel, tick = self.channels[0], self.tick()
+    def _drive(self, tick: int) -> None:
+        """Set IRQ0 to what counter 0 says at a tick, that of the write, so that no rise after it is passed
+        over; and wait for the next."""
+        channel = self.channels[0]
         self._irq0.set(channel.output(tick) if channel.mode in (0, 1) else True)
         self._arm(channel, tick)
 
@@ -107,9 +108,10 @@ class I8254(ByteDevice):
 
     def write_byte(self, offset: int, value: int, range_name: str) -> None:
         if offset < CONTROL_PORT:
-            self.channels[offset].write(value, self.tick())
+            tick = self.tick()
+            self.channels[offset].write(value, tick)
             if offset == 0:
-                self._drive()
+                self._drive(tick)
         elif offset == CONTROL_PORT:
             self._control(value)
 
@@ -128,7 +130,7 @@ class I8254(ByteDevice):
         else:
             self.channels[select].control(word)
             if select == 0:
-                self._drive()
+                self._drive(tick)
 
     # ---- state -----------------------------------------------------------------------------------
     def reset(self, hard: bool = True) -> None:
@@ -137,7 +139,7 @@ class I8254(ByteDevice):
         self.channels = (Channel(), Channel(), Channel())
         for channel, gate in zip(self.channels, gates, strict=True):
             channel.gate = gate
-        self._drive()
+        self._drive(self.tick())
 
     def save(self) -> I8254Record:
         return I8254Record(

@@ -206,6 +206,7 @@ class Mc146818(ByteDevice):
         if flags & self.cmos[REG_B] & (PF | AF | UF):
             flags |= IRQF
         self._flags = 0
+        self._irq.set(False)  # an edge is between this and an event that has come since
         self._update_irq()
         return flags
 

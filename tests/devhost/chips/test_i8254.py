@@ -331,3 +331,24 @@ def test_save_and_load_go_on_alike(mode: int) -> None:
         copy.pit.write(0, 1, 5)
         assert copy.trace(2, 20) == bench.trace(2, 20)
         assert bench.irq0.pulses - copy.irq0.pulses == before
+
+
+def test_an_edge_for_a_count_that_ends_while_it_is_written() -> None:
+    """Mode 0, "a new count": OUT goes low with the write and high when the count ends; the edge comes even
+    where the host is slower than the count."""
+    bench = Bench()
+    bench.pit.write(CONTROL, 1, 0x10)  # channel 0, LSB only, mode 0
+    bench.pit.write(0, 1, 3)
+    bench.pulse(5)
+    assert bench.irq0.level and bench.irq0.pulses == 1
+    now = bench.clock.now
+
+    def slow() -> int:
+        """Each look at the clock takes longer than the count."""
+        bench.clock._now += tick_time(10)
+        return now()
+
+    bench.clock.now = slow  # type: ignore[method-assign]
+    bench.pit.write(0, 1, 3)
+    bench.clock.advance(tick_time(10))
+    assert bench.irq0.level and bench.irq0.pulses == 2

@@ -273,3 +273,22 @@ def test_cmos_contents() -> None:
     assert bench.get(0x5B) | bench.get(0x5C) << 8 | bench.get(0x5D) << 16 == 5 << 14
     assert bench.get(0x5F) == 1
     assert bench.get(0x3D) == 0x23 and bench.get(0x38) == 0x01  # CD, then disk
+
+
+def test_an_edge_between_a_read_of_c_and_a_tick_during_it() -> None:
+    """"Register C": the read clears the flags, and IRQ goes high (inactive); a tick that comes while the chip
+    is at work is another edge, however long that takes."""
+    bench = Bench()
+    bench.put(0x0B, 0x42)
+    bench.clock.advance(MS)
+    assert bench.irq.level and bench.irq.pulses == 1
+    now = bench.clock.now
+
+    def slow() -> int:
+        """Each look at the clock takes a whole period."""
+        bench.clock._now += NS_PER_S // 1024 + 1
+        return now()
+
+    bench.clock.now = slow  # type: ignore[method-assign]
+    assert bench.get(0x0C) & 0xC0 == 0xC0
+    assert bench.irq.level and bench.irq.pulses == 2

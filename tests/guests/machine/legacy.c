@@ -182,9 +182,13 @@ static void edges(void)
     int pin = hpet_route(0);
     ioapic_route(pin, VECTOR, 0);
     u64 period = 1000000000000ul / (*hpet(0) >> 32); /* 1 ms */
-    *hpet_timer(0, 0) = (u64)pin << 9 | 4 | 8 | 64;  /* edge, enabled, periodic, value set */
-    *hpet_timer(0, 8) = *hpet(0xf0) + period;
-    *hpet_timer(0, 8) = period;
+    for (u64 ahead = period, target = 0; *hpet(0xf0) >= target; ahead *= 2) { /* until it lies ahead when all is written */
+        target = *hpet(0xf0) + ahead;
+        *hpet_timer(0, 0) = (u64)pin << 9 | 4 | 8 | 64; /* edge, enabled, periodic, value set */
+        *hpet_timer(0, 8) = target;
+        *hpet_timer(0, 8) = period;
+        (void)*hpet_timer(0, 8); /* it has arrived */
+    }
     sleep_until(50);
     *hpet_timer(0, 0) = 0;
     ioapic_route(pin, IOAPIC_MASKED, 0);
