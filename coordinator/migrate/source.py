@@ -234,6 +234,7 @@ class Source:
         """The commit point. While the record is being made nobody knows whether it is there, so from here on
         the guest stands, whatever happens."""
         assert self._frozen is not None
+        await asyncio.sleep(0)  # the last moment for a cancel
         self.committed, self._frozen.after = True, "postmigrate"
         try:
             await asyncio.shield(self._decide())
@@ -336,7 +337,8 @@ class Source:
         if self.committed or not link.met:
             await link.close(LAST_WORD_MS if link.met else 0)
             return
-        message = messages.Abort(transfer=self.transfer, reason=self._why)
+        why = "its machine ends" if self.vm.ending.done() else self._why
+        message = messages.Abort(transfer=self.transfer, reason=why)
         await link.send(message)
         if self.vm.ending.done():
             await link.close(LAST_WORD_MS)

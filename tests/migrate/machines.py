@@ -1,7 +1,7 @@
 """Machines that a guest is moved between: tests/guests/counter counts on, its consoles tell where it ran.
 
-The guest says each number once, so the consoles of the machines that it has lived in, one after another, are a
-sequence without a gap or a repetition: two that run at once would both say the next number.
+The guest says each number once, so the consoles of the machines that it has lived in, one after another, are
+a sequence without a gap or a repetition: two that run at once would both say the next number.
 """
 
 from __future__ import annotations

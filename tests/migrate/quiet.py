@@ -1,5 +1,5 @@
-"""Two coordinators in one process, without islands: the migration's own code between two real Vms, a hundredth of a
-second a migration. Whatever happens, ``Quiet`` notes which of them runs, and ``never_two`` is what must hold.
+"""Coordinators in one process, without islands: the migration's own code between real Vms, some hundredths of
+a second a migration. Whatever happens, ``World`` notes whether two of them have run at once.
 """
 
 from __future__ import annotations
@@ -44,11 +44,10 @@ class World:
         await vm.cont()
         return vm
 
-    def target(self, fault: str = "", **options: Any) -> Quiet:
+    def target(self, fault: str = "", stopped_time: str = "stands", **options: Any) -> Quiet:
         vm = Quiet(self, Options(incoming="defer", **options))
         vm.state = "inmigrate"
-        if fault:
-            vm.migration.set({"x-fault": fault})
+        vm.migration.set({"x-fault": fault, "stopped-time": stopped_time})
         vm.migration.incoming(vm.uri)
         return vm
 

@@ -1,5 +1,5 @@
-"""Both sides of a migration in one process, with a fault at every point: never do two run, and before the commit point the
-source goes on, after it the target does.
+"""Both sides of a migration in one process, with a fault at every point: never do two run, and before the
+commit point the source goes on, after it the target does.
 """
 
 from __future__ import annotations
@@ -379,6 +379,17 @@ def test_a_second_source_is_refused_and_does_not_disturb(quiet: Run) -> None:
     quiet(test)
 
 
+OFFER = messages.Offer(
+    transfer="stranger",
+    protocol=messages.PROTOCOL,
+    epoch=1,
+    description=b"",
+    channels=1,
+    compression="none",
+    tls=False,
+)
+
+
 class Peer:
     """A client of a target that says what it likes."""
 
@@ -445,9 +456,7 @@ def test_a_word_of_another_epoch_lets_nobody_run(quiet: Run) -> None:
         transfer = source.migration._source.transfer
         for epoch in (0, 2, -1):
             await peer.socket.send(encode(messages.Released(transfer=transfer, epoch=epoch)))
-        await peer.socket.send(encode(messages.Offer(
-            transfer="stranger", protocol=1, epoch=1, description=b"", channels=1, compression="none", tls=False,
-        )))  # fmt: skip
+        await peer.socket.send(encode(OFFER))
         assert isinstance(await peer.hears(), messages.Refused)  # so those before have been read
         assert not target.runs
         assert await source.done() == "completed"
