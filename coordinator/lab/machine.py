@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -18,6 +19,16 @@ START_SECONDS = 60.0
 #: how long one may take to end by itself, seconds
 END_SECONDS = 20.0
 CONNECT_PAUSE = 0.01
+
+
+#: prctl(2)
+PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _end_with_parent() -> None:
+    """In the child: no machine outlives a laboratory that was killed."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class LabError(AtollError):
@@ -63,6 +74,7 @@ class Machine:
                 stderr=errors,
                 env=environment,
                 start_new_session=True,  # Ctrl-C is for the laboratory, which ends it in order
+                preexec_fn=_end_with_parent,
             )
         self._pump = asyncio.ensure_future(self._listen())
         try:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from coordinator.contract.errors import AtollError
 from coordinator.lab.console import Guestbook, Mark
 from coordinator.lab.guest import DRIVE, guest
 from coordinator.lab.hosts import Host, Hosts, free_ports, network
@@ -74,6 +73,8 @@ class PingPong:
         self._machine: Machine | None = None
         self._standby: asyncio.Task[Machine] | None = None
         self._number = 0
+        #: all that have been made and not ended
+        self._alive: set[Machine] = set()
 
     async def run(self, first: int, record: Callable[[Any], None]) -> None:
         """Migrations from number ``first`` on."""
@@ -92,7 +93,13 @@ class PingPong:
         host = self._hosts.sides[side]
         name = f"lab{self._number}"
         words = (*self._options, *properties(self._experiment), *options)
-        return Machine(name, self._folder, words, host.enter, self._hosts.environment)
+        machine = Machine(name, self._folder, words, host.enter, self._hosts.environment)
+        self._alive.add(machine)
+        return machine
+
+    async def _end(self, machine: Machine) -> None:
+        await machine.end()
+        self._alive.discard(machine)
 
     @property
     def _side(self) -> int:
@@ -104,7 +111,7 @@ class PingPong:
 
         async def start() -> Machine:
             machine = self._machine_at(self._side, "-incoming", "defer")
-            await _started(machine)
+            await machine.start()
             return machine
 
         self._standby = asyncio.ensure_future(start())
@@ -124,7 +131,7 @@ class PingPong:
         self._book = Guestbook()
         machine = self._machine = self._machine_at(self._side, "-incoming", f"file:{self._state}")
         machine.listen(self._book.feed)
-        await _started(machine)
+        await machine.start()
         if await _in_time(self._book.read_after(0), BOOT_SECONDS) is None:
             raise LabError(f"the guest does not read: {self._book.failed or machine.last_words()}")
 
@@ -133,7 +140,7 @@ class PingPong:
         machine = self._machine_at(0)
         machine.listen(book.feed)
         try:
-            await _started(machine)
+            await machine.start()
             await _in_time(book.until_ready(), BOOT_SECONDS)
             await _in_time(book.passes_after(0), BOOT_SECONDS)
             if not book.passes or not book.passes[0].right:
@@ -147,17 +154,13 @@ class PingPong:
                     f"the booted guest cannot be kept: {status.get('error-desc', 'no reason given')}"
                 )
         finally:
-            await machine.end()
+            await self._end(machine)
 
     async def _close(self) -> None:
         if self._standby is not None:
             self._standby.cancel()
-            with contextlib.suppress(asyncio.CancelledError, AtollError):
-                await (await self._standby).end()
-            self._standby = None
-        if self._machine is not None:
-            await self._machine.end()
-            self._machine = None
+            await asyncio.gather(self._standby, return_exceptions=True)
+        await asyncio.gather(*map(self._end, list(self._alive)))
 
     # ---- before --------------------------------------------------------------------------------------
     async def _shares(self) -> Shares:
@@ -192,16 +195,16 @@ class PingPong:
             mark = self._book.mark()
             attempt = await self._migrate(source, target, f"tcp:{address}:{ports[0]}")
         if attempt.outcome in ("moved", "recovered"):
-            await source.end()  # now all that it had to say is here
+            await self._end(source)  # now all that it had to say is here
             target.listen(self._book.feed)
             self._machine = target
         else:
-            await target.end()
+            await self._end(target)
         times = attempt.target.get("x-times", {})
         after = times.get("guest-resumed", self._book.reads[-1].at)
         lives = attempt.outcome != "lost" and await self._goes_on(after)
         if not lives and self._machine is not None:
-            await self._machine.end()
+            await self._end(self._machine)
             self._machine = None
         if index + 1 < self._experiment.count:
             self._prepare_next()
@@ -342,14 +345,6 @@ def _migrated(event: Event) -> bool:
 
 def _migrated_or_in_doubt(event: Event) -> bool:
     return event.name == "MIGRATION" and event.data["status"] in (*FINAL, "postcopy-paused")
-
-
-async def _started(machine: Machine) -> None:
-    try:
-        await machine.start()
-    except BaseException:
-        await machine.end()
-        raise
 
 
 async def _in_time(work: Awaitable[T], seconds: float) -> T | None:

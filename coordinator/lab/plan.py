@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import itertools
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -100,7 +100,9 @@ class Executor(Protocol):
     """Carries out what is left of a plan. ``done`` is how many migrations of each experiment there are
     already; each record that comes about is handed to ``record`` at once (results.py)."""
 
-    async def run(self, plan: Plan, done: Mapping[str, int], record: Callable[[Any], None]) -> None: ...
+    def run(
+        self, plan: Plan, done: Mapping[str, int], record: Callable[[Any], None]
+    ) -> Coroutine[Any, Any, None]: ...
 
 
 def experiment(fields: Mapping[str, Any]) -> Experiment:

@@ -22,10 +22,15 @@ def run(results: Results, executor: Executor, progress: Progress) -> bool:
             progress.note(f"{found.experiment}: the guest reads")
 
     async def carry_out() -> bool:
-        work = asyncio.ensure_future(executor.run(results.plan, results.done, record))
+        work = asyncio.create_task(executor.run(results.plan, results.done, record))
         loop = asyncio.get_running_loop()
+
+        def stop() -> None:
+            if not work.cancelling():  # a second one does not disturb the end that the first one began
+                work.cancel()
+
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            loop.add_signal_handler(number, work.cancel)
+            loop.add_signal_handler(number, stop)
         try:
             await work
         except asyncio.CancelledError:
