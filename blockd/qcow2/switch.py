@@ -122,7 +122,7 @@ class Change:
             image.host.write(snapshots_at << bits, snapshot_data)
         table_at, table_clusters, self._new = _write_refcounts(image, counts, space)
         image.host.resize(max(image.host.size(), space.end << bits))
-        image.host.sync()
+        self._make_durable()
         self._fields = {
             "size": size,
             "l1_size": len(l1),
@@ -133,6 +133,10 @@ class Change:
             "snapshots_offset": snapshots_at << bits if known else 0,
         }
         self._before = {name: getattr(header, name) for name in self._fields}
+
+    def _make_durable(self) -> None:
+        """The new tables survive loss of power from here on; nothing refers to them yet."""
+        self.image.host.sync()
 
     def commit(self) -> None:
         """Take the new tables into use; OSError leaves open which are, ``undo`` settles it."""

@@ -317,7 +317,7 @@ SYNCS = {
     "_allocate_external": 6,
     "_add_block": 4,
     "writable_table": 0,
-    "switch": 1,
+    "_make_durable": 1,
     "write_tables": 0,
     "flush": 0,
     "_begin": 7,
@@ -342,11 +342,18 @@ def test_a_writer_that_leaves_out_one_sync_is_caught(tmp_path: Path, function: s
 
 
 @pytest.mark.parametrize(
-    ("function", "hint"), [("_reserve", 2), ("_allocate", 0), ("switch", 1), ("flush", 0)]
+    ("function", "hint"), [("_reserve", 2), ("_allocate", 0), ("_make_durable", 1), ("flush", 0)]
 )
 def test_a_writer_that_syncs_too_late_is_caught(tmp_path: Path, function: str, hint: int) -> None:
     """Behind the write that must not be on the disk before what was written earlier."""
     assert caught(tmp_path, lambda: PowerLog(late=frozenset({function})), hint)
+
+
+def test_a_server_whose_group_commit_leaves_out_its_sync_is_caught(tmp_path: Path) -> None:
+    with pytest.raises((AssertionError, OSError, BlockError)):
+        for seed in range(12):
+            (tmp_path / str(seed)).mkdir()
+            two_clients(tmp_path / str(seed), seed, PowerLog(deaf=frozenset({"_settle"})), 60)
 
 
 @pytest.mark.parametrize("test", [one_writer, two_clients])
