@@ -22,7 +22,8 @@ POSTED = ("posted_nmi", "posted_init", "posted_sipi", "posted_kick", "extint_lev
 POSTED_BITS = ("posted_irr", "posted_tmr")
 #: what the loader must not believe: an index into our own tables
 ACTIVITIES = range(4)
-#: CPUID words that a guest chooses its code by: (leaf, subleaf, register), and bits of them that are state, not features
+#: CPUID words that a guest chooses its code by: (leaf, subleaf, register), and which of their bits are state,
+#: not features
 FEATURES = {
     (0x1, 0, "eax"): 0,
     (0x1, 0, "ecx"): 1 << 27,  # OSXSAVE
