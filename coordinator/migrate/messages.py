@@ -24,7 +24,8 @@ class Said(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 # ---- source -> target -----------------------------------------------------------------------------------
 class Offer(Said, frozen=True, tag="offer"):
     """First of all. ``epoch`` is the source's, ``description`` a part; ``channels`` connections will bring
-    guest memory, packed by ``compression`` ("none" or "zstd"), in TLS if ``tls``."""
+    guest memory, packed by ``compression`` ("none" or "zstd"), in TLS if ``tls``. ``runs``: (first page,
+    pages) of what is in use by now, see ram.Ahead."""
 
     protocol: int
     epoch: int
@@ -32,6 +33,7 @@ class Offer(Said, frozen=True, tag="offer"):
     channels: int
     compression: str
     tls: bool
+    runs: tuple[tuple[int, int], ...] = ()
 
 
 class LeasedImage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -28,6 +28,12 @@ struct ram_counts {
 /* 64 bits over n bytes (a multiple of 64): finds any change within one word for certain, others but for 2^-64. */
 uint64_t ram_sum(const void *data, uint64_t n, uint64_t seed);
 
+/*
+ * Makes this process's page tables ready for pages [first, first + count), so that no fault is taken later: to read what is
+ * there, or, with `write`, to write, which also allocates. 0, or -errno (madvise(2), MADV_POPULATE_READ and _WRITE).
+ */
+int ram_populate(void *guest, uint64_t first, uint64_t count, int write);
+
 /* Sends pages [first, first + count) of guest memory in frames. Counts are added to. 0, or -errno. */
 int ram_send(int fd, const void *guest, uint64_t first, uint64_t count, uint32_t round, struct ram_counts *counts);
 /* Ends this connection's share of a round; counts are those of the round. */

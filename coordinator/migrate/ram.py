@@ -6,10 +6,13 @@ never touched: to read one would allocate it (memfd_create(2), lseek(2) SEEK_DAT
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import threading
+import time
 from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +22,9 @@ from coordinator.migrate._ram import ffi, lib
 
 #: pages that one call sends: what a cancel waits for, and the grain that connections share the work in
 SLICE = 2048
+#: stretches of memory that a source tells of ahead, and how long either side makes itself ready for them,
+#: seconds: what is not ready then costs faults later, and nothing else
+MOST_RUNS, AHEAD_SECONDS = 4096, 10.0
 
 _REASONS = {
     lib.RAM_BAD_FRAME: "a frame of guest memory is no frame, or of another round",
@@ -61,9 +67,11 @@ def pages_of(segment: Segment) -> int:
     return int(segment.header.ram_size + segment.header.vram_size) // PAGE
 
 
-def data_slices(segment: Segment) -> deque[tuple[int, int]]:
-    """(first page, pages) of all that is not a hole, in slices."""
-    slices: deque[tuple[int, int]] = deque()
+Run = tuple[int, int]
+
+
+def data_runs(segment: Segment) -> Iterator[Run]:
+    """(first page, pages) of all that is not a hole."""
     at = segment.guest_offset
     end = at + pages_of(segment) * PAGE
     while at < end:
@@ -75,10 +83,44 @@ def data_slices(segment: Segment) -> deque[tuple[int, int]]:
             break
         stop = min(end, os.lseek(segment.fd, at, os.SEEK_HOLE))
         first, last = (at - segment.guest_offset) // PAGE, -(-(stop - segment.guest_offset) // PAGE)
-        for page in range(first, last, SLICE):
-            slices.append((page, min(SLICE, last - page)))
+        yield first, last - first
         at = max(stop, at + PAGE)
-    return slices
+
+
+def slices(runs: Iterable[Run]) -> Iterator[Run]:
+    """The same in pieces of SLICE pages."""
+    for first, count in runs:
+        for page in range(first, first + count, SLICE):
+            yield page, min(SLICE, first + count - page)
+
+
+class Ahead:
+    """Makes this process ready to read or write runs of memory, so that nothing has to be while the guest
+    stands. It is of no harm where the runs are not what comes; no page is changed."""
+
+    def __init__(self, segment: Segment, runs: Sequence[Run], write: bool) -> None:
+        """MigrationError where they are no memory of this machine."""
+        pages = pages_of(segment)
+        fits = all(first >= 0 and 1 <= count <= pages - first for first, count in runs)
+        if len(runs) > MOST_RUNS or not fits:
+            raise MigrationError("the memory that is to come does not fit this machine")
+        self._segment, self._runs, self._write = segment, runs, write
+        self._over = False
+
+    async def run(self) -> None:
+        """Until it is done, or has taken long enough."""
+        try:
+            await asyncio.to_thread(self._work)
+        finally:
+            self._over = True  # the thread of a cancelled one ends within a slice
+
+    def _work(self) -> None:
+        end = time.monotonic() + AHEAD_SECONDS
+        for first, count in slices(self._runs):
+            if self._over or time.monotonic() > end:
+                return
+            if lib.ram_populate(_guest(self._segment), first, count, self._write):
+                return
 
 
 class Sender:
@@ -87,7 +129,7 @@ class Sender:
     def __init__(self, segment: Segment, round_: int = 0) -> None:
         self._segment = segment
         self._round = round_
-        self._slices = data_slices(segment)
+        self._slices = deque(slices(data_runs(segment)))
         #: what there was to do, in pages
         self.total = sum(count for _, count in self._slices)
         self.counts = Counts()

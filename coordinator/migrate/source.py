@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import secrets
 import socket
@@ -122,6 +123,8 @@ class Source:
         self._undo.push_async_callback(self._farewell)
         await self._link.connect()
         description = await describe.describe(self.vm)
+        assert self.vm.segment is not None
+        runs = tuple(itertools.islice(ram.data_runs(self.vm.segment), ram.MOST_RUNS))
         offer = messages.Offer(
             transfer=self.transfer,
             protocol=messages.PROTOCOL,
@@ -130,10 +133,14 @@ class Source:
             channels=self.parameters.multifd_channels,
             compression=self.parameters.multifd_compression,
             tls=bool(self.parameters.tls_creds),
+            runs=runs,
         )
+        ahead = asyncio.ensure_future(ram.Ahead(self.vm.segment, runs, write=False).run())
+        self._undo.callback(ahead.cancel)
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 answer = await self._ask("negotiate", offer, messages.Accepted)
+                await ahead
         except TimeoutError:
             raise MigrationError(f"{self.uri}: nobody answers") from None
         self._socks = await channel.connect(
@@ -175,9 +182,13 @@ class Source:
     async def stop(self) -> None:
         """vCPUs at an instruction boundary, posted writes applied, devices paused: see Vm.frozen."""
         self._undo.push_async_callback(self._hold.aclose)
-        self._frozen = await self._hold.enter_async_context(self.vm.frozen(self._begin))
-        self._hold.push(lambda *error: self.status.resumed())
+        self._hold.callback(self._went_on)
         self.status.stopped()
+        self._frozen = await self._hold.enter_async_context(self.vm.frozen(self._begin))
+
+    def _went_on(self) -> None:
+        if not self.committed:
+            self.status.resumed()
 
     async def flush(self) -> None:
         """All disks at rest: what was written is durable, their images are closed, and their leases marked.
@@ -259,6 +270,7 @@ class Source:
         message = messages.Released(transfer=self.transfer, epoch=self.epoch)
         await self._ask("resume", message, messages.Running, lambda: self.status.move("postcopy-paused"))
         self._answered = True
+        self.status.resumed()
         await self._tell(messages.Heard(transfer=self.transfer))
         if self._disks.leases is None:
             decision.forget(self.transfer)

@@ -15,8 +15,8 @@ FINAL = ("none", "completed", "failed", "cancelled")
 
 
 class Status:
-    """Of one migration, from its beginning. ``state`` is QEMU's MigrationStatus. Times are seconds of the host.
-    """
+    """Of one migration, from its beginning. ``state`` is QEMU's MigrationStatus. Times are seconds of the
+    host."""
 
     def __init__(self, event: Callable[[str, dict[str, Any]], None]) -> None:
         self._event = event

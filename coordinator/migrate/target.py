@@ -130,6 +130,7 @@ class Target:
         segment = self.vm.segment
         assert segment is not None
         segment.empty_memory()
+        await self._unless_aborted(ram.Ahead(segment, offer.runs, write=True).run())
         door = channel.Door(self._link.uri, self.parameters.x_data_port)
         try:
             self._accepted = messages.Accepted(
