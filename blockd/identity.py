@@ -1,7 +1,7 @@
 """Which medium an image holds, by size and content: what two machines on different hosts can compare.
 
-A whole digest of a DVD would take seconds, so samples stand for it: the first and last 64 KiB and 256 blocks spread evenly,
-which tell apart media that differ in content rather than in single bytes.
+A whole digest of a DVD would take seconds, so samples stand for it: the first and last 64 KiB and 256 blocks
+spread evenly, which tell apart media that differ in content rather than in single bytes.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ BLOCKS = 256
 
 
 def identify(image: Image) -> dict[str, Any]:
-    """``size`` in bytes, ``content`` a digest of samples (empty where the image is open for writing, since it changes),
-    ``writable``. OSError when it cannot be read."""
+    """``size`` in bytes, ``content`` a digest of samples (empty where the image is open for writing, since it
+    changes), ``writable``. OSError when it cannot be read."""
     content = "" if not image.read_only else _digest(image)
     return {"size": image.size, "content": content, "writable": not image.read_only}
 

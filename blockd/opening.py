@@ -40,13 +40,15 @@ def probe(file: str) -> str:
         host.close()
 
 
-def open_raw_image(file: str, read_only: bool = False, granularity: int = 512, pad: bool = False) -> Image:
-    """A raw image: see RawImage, and NbdImage."""
+def open_raw_image(
+    file: str, read_only: bool = False, granularity: int = 512, pad: bool = False, locked: bool = True
+) -> Image:
+    """A raw image: see RawImage, and NbdImage, which has no locks."""
     if is_network_name(file):
         from blockd.nbd.remote import NbdImage
 
         return NbdImage(file, read_only, granularity, pad)
-    return RawImage(file, read_only, granularity, pad)
+    return RawImage(file, read_only, granularity, pad, locked)
 
 
 def open_image(
@@ -55,18 +57,20 @@ def open_image(
     read_only: bool = False,
     granularity: int = 512,
     pad: bool = False,
+    locked: bool = True,
     **how: Any,
 ) -> Image:
     """An image of a format; without one, of the format that it claims to have. ``granularity`` and ``pad``
-    are for raw images, ``how`` (see Qcow2Image) for qcow2. BlockError in one line when that cannot be."""
+    are for raw images, ``how`` (see Qcow2Image) for qcow2. Unless ``locked``, others may write it meanwhile.
+    BlockError in one line when that cannot be."""
     image_format = image_format or probe(file)
     if image_format == "qcow2":
         from blockd.qcow2.image import Qcow2Image  # it needs this module
 
-        return Qcow2Image(file, read_only, **how)
+        return Qcow2Image(file, read_only, locked=locked, **how)
     if image_format != "raw":
         text = f"{file}: format {image_format!r} is not supported ({' and '.join(FORMATS)} are)"
         raise BlockError(text, errno.ENOTSUP)
     if how.get("snapshot"):
         raise BlockError(f"{file}: a raw image has no snapshots", errno.ENOTSUP)
-    return open_raw_image(file, read_only, granularity, pad)
+    return open_raw_image(file, read_only, granularity, pad, locked)

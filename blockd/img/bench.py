@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -39,6 +40,8 @@ def run(arguments: list[str]) -> int:
         view = memoryview(bytearray(given.size))
         for number in range(first, given.count, workers):
             at = (given.offset + number * step) % span
+            if ended.is_set():
+                return
             if not given.write:
                 image.read_into(at, view)
                 continue
@@ -46,7 +49,8 @@ def run(arguments: list[str]) -> int:
             if given.flush_interval and number % given.flush_interval == given.flush_interval - 1:
                 image.flush()
 
-    workers = min(given.depth, 4)
+    workers = min(given.depth, given.count)
+    ended = threading.Event()
     kind = "write" if given.write else "read"
     print(
         f"Sending {given.count} {kind} requests, {given.size} bytes each, {given.depth} in parallel "
@@ -54,8 +58,11 @@ def run(arguments: list[str]) -> int:
     )
     begin = time.perf_counter()
     try:
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(work, range(workers)))
+        with common.told_of(given.file), ThreadPoolExecutor(workers) as pool:
+            try:
+                list(pool.map(work, range(workers)))
+            finally:  # after an error or SIGINT, nobody goes on
+                ended.set()
     finally:
         image.close()
     print(f"Run completed in {time.perf_counter() - begin:.3f} seconds.")

@@ -18,9 +18,7 @@ def run(arguments: list[str]) -> int:
     parser.output_option()
     parser.add_argument("-q", dest="quiet", action="store_true")
     parser.add_argument("-r", dest="repair", choices=("leaks", "all"), help="repair what is found")
-    parser.add_argument(
-        "-U", "--force-share", action="store_true", help="also while another process writes it"
-    )
+    parser.share_option()
     parser.ignored("-T")
     parser.add_argument("file")
     given = parser.parse_intermixed_args(arguments)

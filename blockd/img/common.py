@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
 import os
 import re
 import sys
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from blockd import opening
@@ -36,6 +38,9 @@ class Parser(argparse.ArgumentParser):
         self, flag: str = "-f", name: str = "format", about: str = "format of the image"
     ) -> None:
         self.add_argument(flag, dest=name, choices=FORMATS, help=about)
+
+    def share_option(self, about: str = "also while another process writes it") -> None:
+        self.add_argument("-U", "--force-share", action="store_true", help=about)
 
     def output_option(self) -> None:
         self.add_argument("--output", choices=("human", "json"), default="human")
@@ -124,6 +129,17 @@ def make_raw(file: str, disk_size: int) -> None:
             os.close(fd)
     except OSError as error:
         text = f"{file}: cannot be created: {os.strerror(error.errno or errno.EIO)}"
+        raise BlockError(text, error.errno or errno.EIO) from None
+
+
+@contextlib.contextmanager
+def told_of(file: str) -> Iterator[None]:
+    """An error of the operating system names the image that it is about."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        text = reason if reason.startswith(f"{file}:") else f"{file}: {reason}"
         raise BlockError(text, error.errno or errno.EIO) from None
 
 

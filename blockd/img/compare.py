@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -19,15 +20,16 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("-p", dest="progress", action="store_true")
     parser.add_argument("-q", dest="quiet", action="store_true")
     parser.add_argument("-s", dest="strict", action="store_true", help="sizes and allocation must agree, too")
-    parser.add_argument("-U", "--force-share", action="store_true")
+    parser.share_option()
     parser.ignored("-T")
     parser.chain_option()
     parser.add_argument("first")
     parser.add_argument("second")
     given = parser.parse_intermixed_args(arguments)
-    first = common.open_image(given.first, given.first_format, allowed=given.allow_backing)
+    how: dict[str, Any] = {"allowed": given.allow_backing, "locked": not given.force_share}
+    first = common.open_image(given.first, given.first_format, **how)
     try:
-        second = common.open_image(given.second, given.second_format, allowed=given.allow_backing)
+        second = common.open_image(given.second, given.second_format, **how)
         try:
             told, status = compare(first, second, given.strict, given.progress)
         finally:

@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from blockd import opening
 from blockd.image import Image
@@ -60,7 +60,7 @@ def run(arguments: list[str]) -> int:
     snapshot = given.snapshot
     if snapshot is not None:
         snapshot = snapshot.removeprefix("snapshot.id=").removeprefix("snapshot.name=")
-    how = {"snapshot": snapshot} if snapshot is not None else {}
+    how: dict[str, Any] = {"snapshot": snapshot, "locked": not given.force_share}
     source = common.open_image(given.source, given.format, allowed=given.allow_backing, **how)
     try:
         if os.path.exists(given.target) and os.path.samefile(given.source, given.target):
@@ -96,7 +96,7 @@ def _parser() -> common.Parser:
     parser.add_argument(
         "-t", dest="cache", choices=CACHE_MODES, default="unsafe", help="all but unsafe make it durable"
     )
-    parser.add_argument("-U", "--force-share", action="store_true")
+    parser.share_option("read the source also while another process writes it")
     parser.add_argument("-W", dest="unordered", action="store_true", help="no effect")
     parser.ignored("-T", "-r")
     parser.chain_option()

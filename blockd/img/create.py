@@ -14,6 +14,7 @@ from blockd.qcow2.operations import at_rest
 from coordinator.contract.errors import BlockError, UsageError
 
 PREALLOCATION = ("off", "metadata", "falloc", "full")
+RAW_PREALLOCATION = ("off", "falloc", "full")
 _ON_OFF = {"on": True, "off": False, "true": True, "false": False, "yes": True, "no": False}
 
 
@@ -106,7 +107,8 @@ def run(arguments: list[str]) -> int:
         common.make_raw(resolve(given.file, options.data_file, ("*",), "data file"), options.size)
     create(given.file, options)
     if preallocation != "off":
-        preallocate(given.file, preallocation)
+        with common.told_of(given.file):
+            preallocate(given.file, preallocation)
     if not given.quiet:
         print(_formatting(given.file, options, preallocation))
     return 0
@@ -119,14 +121,28 @@ def _raw(file: str, named: dict[str, str], quiet: bool) -> int:
     if "size" not in named:
         raise UsageError("create: a size is needed")
     disk_size = -(-common.size(named["size"]) // 512) * 512
+    preallocation = named.get("preallocation", "off")
+    if preallocation not in RAW_PREALLOCATION:
+        text = f"preallocation={preallocation} is not for raw images; choose {', '.join(RAW_PREALLOCATION)}"
+        raise UsageError(text)
     common.make_raw(file, disk_size)
-    if named.get("preallocation", "off") != "off":
-        host = HostFile(file)
-        host.reserve(0, disk_size)
-        host.close()
+    if preallocation != "off":
+        reserve_raw(file, 0, disk_size)
     if not quiet:
         print(f"Formatting '{file}', fmt=raw size={disk_size}")
     return 0
+
+
+def reserve_raw(file: str, start: int, length: int) -> None:
+    """Give a range of a raw image its space on the disk."""
+    if not length:
+        return
+    host = HostFile(file)
+    try:
+        with common.told_of(file):
+            host.reserve(start, length)
+    finally:
+        host.close()
 
 
 def _check_backing(file: str, options: Options, allowed: list[str]) -> None:

@@ -20,9 +20,7 @@ def run(arguments: list[str]) -> int:
     parser.format_option()
     parser.output_option()
     parser.add_argument("--backing-chain", action="store_true", help="and what lies below it")
-    parser.add_argument(
-        "-U", "--force-share", action="store_true", help="also while another process writes it"
-    )
+    parser.share_option()
     parser.chain_option()
     parser.add_argument("file")
     given = parser.parse_intermixed_args(arguments)
@@ -59,9 +57,10 @@ def _describe(file: str, image_format: str | None, given: Any) -> list[dict[str,
 
 def _how(given: Any, file: str, image_format: str | None) -> dict[str, Any]:
     """Nothing below the image is opened, and what is damaged is shown as it is."""
+    how: dict[str, Any] = {"locked": not given.force_share}
     if (image_format or opening.probe(file)) == "qcow2":
-        return {"backed": False, "repair": True, "locked": not given.force_share}
-    return {}
+        how |= {"backed": False, "repair": True}
+    return how
 
 
 def _row(image: Any, file: str) -> dict[str, Any]:

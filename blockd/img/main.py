@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 
-from coordinator.contract.errors import AtollError, UsageError
+from coordinator.contract.errors import AtollError
 
 #: subcommand -> what it does; each is a module here with ``run(arguments) -> exit status``
 COMMANDS = {
@@ -42,13 +42,14 @@ def run(arguments: list[str]) -> int:
         return 0 if arguments else 1
     name, *rest = arguments
     if name not in COMMANDS:
-        raise UsageError(f"unknown command '{name}'; atoll img --help lists them")
+        return _failed(name, f"unknown command '{name}'; atoll img --help lists them")
     # an error is told once, by the command that has it
     logging.getLogger("blockd.nbd.client").addFilter(lambda record: record.levelno < logging.ERROR)
     module = importlib.import_module(f"blockd.img.{name}")
     try:
         status: int = module.run(rest)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it may have been closed by whoever started us
+            sys.stdout.flush()
     except BrokenPipeError:
         raise
     except AtollError as error:

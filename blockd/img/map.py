@@ -31,11 +31,13 @@ def run(arguments: list[str]) -> int:
     parser.output_option()
     parser.add_argument("-s", "--start-offset", type=common.size, default=0)
     parser.add_argument("-l", "--max-length", type=common.size)
-    parser.add_argument("-U", "--force-share", action="store_true")
+    parser.share_option()
     parser.chain_option()
     parser.add_argument("file")
     given = parser.parse_intermixed_args(arguments)
-    image = common.open_image(given.file, given.format, allowed=given.allow_backing)
+    image = common.open_image(
+        given.file, given.format, allowed=given.allow_backing, locked=not given.force_share
+    )
     try:
         start = min(given.start_offset, image.size)
         length = image.size - start

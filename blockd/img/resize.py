@@ -6,7 +6,7 @@ import errno
 import re
 
 from blockd.img import common
-from blockd.img.create import PREALLOCATION, preallocate
+from blockd.img.create import PREALLOCATION, RAW_PREALLOCATION, preallocate, reserve_raw
 from blockd.qcow2.image import Qcow2Image
 from coordinator.contract.errors import BlockError, UsageError
 
@@ -31,14 +31,18 @@ def run(arguments: list[str]) -> int:
         new = _size(given.size, old)
         if new < old and not given.shrink:
             raise BlockError("Use the --shrink option to perform a shrink operation.", errno.EINVAL)
-        image.resize(new)
+        if not isinstance(image, Qcow2Image) and given.preallocation not in RAW_PREALLOCATION:
+            raise UsageError(f"resize: --preallocation={given.preallocation} is not for raw images")
+        with common.told_of(given.file):
+            image.resize(new)
     finally:
         image.close()
     if given.preallocation != "off" and new > old:
         if isinstance(image, Qcow2Image):
-            preallocate(given.file, given.preallocation, old)
+            with common.told_of(given.file):
+                preallocate(given.file, given.preallocation, old)
         else:
-            raise BlockError("preallocation of a raw image that grows is not supported", errno.ENOTSUP)
+            reserve_raw(given.file, old, new - old)
     if not given.quiet:
         print("Image resized.")
     return 0

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+
 from blockd.img import common
 from blockd.img.info import snapshot_lines, snapshot_row
 from blockd.qcow2 import operations, snapshots
+from blockd.qcow2.image import Qcow2Image
 
 
 def run(arguments: list[str]) -> int:
     parser = common.Parser("snapshot", "Internal snapshots of an image.")
     parser.format_option()
     parser.add_argument("-q", dest="quiet", action="store_true")
-    parser.add_argument(
-        "-U", "--force-share", action="store_true", help="list also while another process writes"
-    )
+    parser.share_option("list also while another process writes")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("-l", dest="list", action="store_true", help="list all")
     action.add_argument("-c", dest="create", metavar="NAME", help="make one")
@@ -33,12 +34,9 @@ def run(arguments: list[str]) -> int:
         locked=not (listing and given.force_share),
     )
     try:
-        if given.create:
-            operations.create(image, given.create)
-        elif given.apply:
-            operations.apply(image, given.apply)
-        elif given.delete:
-            operations.delete(image, given.delete)
+        if not listing:
+            with common.told_of(given.file):
+                _change(image, given)
         else:
             known = snapshots.load(image.host, image.header)
             if known:
@@ -46,3 +44,12 @@ def run(arguments: list[str]) -> int:
     finally:
         image.close()
     return 0
+
+
+def _change(image: Qcow2Image, given: argparse.Namespace) -> None:
+    if given.create:
+        operations.create(image, given.create)
+    elif given.apply:
+        operations.apply(image, given.apply)
+    else:
+        operations.delete(image, given.delete)

@@ -261,7 +261,8 @@ def _object(text: str, side: str) -> tuple[str, TlsCredentials]:
 # ---- going to the background ---------------------------------------------------------------------------
 def _in_background(settings: Settings, listeners: list[Listener]) -> int:
     """Fork; the parent returns when the child listens (0), or has said why it does not (1)."""
-    sys.stdout.flush()
+    if sys.stdout is not None:  # it may have been closed by whoever started us
+        sys.stdout.flush()
     read, write = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if pid:

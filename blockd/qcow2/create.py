@@ -80,13 +80,19 @@ def create(file: str, options: Options) -> None:
             f"{file}: a disk of {options.size} bytes is too large for clusters of {options.cluster_size}",
             errno.EFBIG,
         )
+    made = not os.path.lexists(file)
     try:
         fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         os.close(fd)
         host = HostFile(file)
         try:
             lock_image(host.fd, file, writable=True)  # what another process uses is not overwritten
-            _write(host, header)
+            try:
+                _write(host, header)
+            except OSError:
+                if made:  # a half image is not left to be mistaken for a whole one
+                    os.unlink(file)
+                raise
         finally:
             host.close()
     except OSError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import json
 import os
@@ -12,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from blockd.hostfile import HostFile
+from blockd.opening import open_image
 from coordinator.cli.main import main
 from tests.blockd.qcow2.support import qemu_check, qemu_reads
 from tests.support.tools import run_tool
@@ -252,7 +256,58 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
     ):
         told = img(*arguments, status=None)
         assert told.startswith("atoll ") and told.count("\n") == 1
-    img("nothing", status=2)
+    img("nothing", status=1)  # qemu-img's
+
+
+@pytest.mark.parametrize("command", ["create", "snapshot", "resize"])
+def test_what_the_kernel_refuses_is_told_with_the_name_of_the_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """And an image that could not be made does not stay."""
+    file = str(tmp_path / "disk.qcow2")
+    arguments = {
+        "create": ("create", "-q", "-f", "qcow2", file, "1M"),
+        "snapshot": ("snapshot", "-c", "s", file),
+        "resize": ("resize", file, "+1T"),
+    }[command]
+    if command != "create":
+        img("create", "-q", "-f", "qcow2", file, "1M")
+
+    def full(host: HostFile) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(HostFile, "sync", full)
+    told = img(*arguments, status=1)
+    assert file in told and "No space left on device" in told.splitlines()[-1]
+    assert os.path.exists(file) == (command != "create")
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+def test_force_share_reads_what_somebody_writes(tmp_path: Path, image_format: str) -> None:
+    file, copy = str(tmp_path / "disk"), str(tmp_path / "copy")
+    img("create", "-q", "-f", image_format, file, "1M")
+    with contextlib.closing(open_image(file, image_format)):
+        for command, more in (("info", ()), ("map", ()), ("compare", (file,)), ("convert", (copy,))):
+            arguments = (command, "-f", image_format, file, *more)
+            locked = 2 if command == "compare" else 1
+            assert "is locked" in img(*arguments, status=locked)
+            for shared in ("-U", "--force-share"):
+                img(*arguments, shared)
+                qemu_img(*arguments, shared)
+
+
+def test_preallocation_of_raw_images(tmp_path: Path) -> None:
+    """The modes are qemu-img's; a wrong one changes nothing."""
+    file = str(tmp_path / "disk")
+    for mode in ("metadata", "other"):
+        img("create", "-o", f"preallocation={mode}", file, "1M", status=1)
+        assert not os.path.exists(file)
+    img("create", file, "1M")
+    img("resize", "-f", "raw", "--preallocation=metadata", file, "2M", status=1)
+    assert os.stat(file).st_size == MIB
+    img("resize", "-f", "raw", "--preallocation=falloc", file, "2M")
+    status = os.stat(file)
+    assert status.st_size == 2 * MIB and status.st_blocks * 512 == MIB
 
 
 def test_what_another_process_uses_is_not_overwritten(tmp_path: Path) -> None:
