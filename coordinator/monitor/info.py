@@ -147,12 +147,12 @@ async def _snapshots(vm: Vm, cpu: int) -> str:
 
 
 def _listed(rows: list[Snapshot], ident: str = "") -> str:
-    text = f"{'ID':<10}{'TAG':<17}{'VM SIZE':>8}{'DATE':>20}{'VM CLOCK':>13}\n"
+    text = f"{'ID':<10}{'TAG':<17}{'VM SIZE':>8}{'DATE':>20}{'VM CLOCK':>13}{'ICOUNT':>11}\n"
     for row in rows:
         date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row.date_ns // 10**9))
         seconds, ms = divmod(row.clock_ns // 10**6, 1000)
         clock = f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}.{ms:03d}"
-        text += f"{ident or row.id:<9} {row.name:<16} {_human(row.size):>8}{date:>20}{clock:>13}\n"
+        text += f"{ident or row.id:<9} {row.name:<16} {_human(row.size):>8}{date:>20}{clock:>13}{'':>11}\n"
     return text
 
 
