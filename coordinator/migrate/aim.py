@@ -36,11 +36,16 @@ class Aim:
         if not text:
             return None
         drive, _, rest = text.rpartition("=")
-        word, _, number = rest.partition(":")
+        word, colon, number = rest.partition(":")
         words = [phase.value for phase in DrivePhase]
-        if not drive or word not in words or (number and not (number.isascii() and number.isdigit())):
+        if not drive or word not in words or (colon and not _counts(number)):
             raise ConfigError(f"x-aim {text}: is not DRIVE=PHASE[:NTH] with one of {', '.join(words)}")
-        return Aim(drive, DrivePhase(word), max(1, int(number or 1)))
+        return Aim(drive, DrivePhase(word), int(number or 1))
+
+
+def _counts(text: str) -> bool:
+    """A number from 1 on, of a size that can be waited for."""
+    return text.isascii() and text.isdigit() and 1 <= int(text[:7]) and len(text) <= 6
 
 
 @asynccontextmanager
