@@ -7,6 +7,7 @@ record and nobody else's.
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, Literal, cast
 
 import msgspec
@@ -60,13 +61,11 @@ async def capture(vm: Vm, runstate: str, stopped_at_ns: int) -> MachineState:
     segment = vm.segment
     assert segment is not None
     time = segment.header.time
-    devices = {host: await vm.command(host, messages.SaveState(serial=vm.next_serial())) for host in vm.hosts}
-    drives = [
-        entry
-        for host in vm.hosts
-        for entry in await vm.command(host, messages.QueryDrives(serial=vm.next_serial()))
-    ]
-    vcpus = [await vm.command(role, messages.SaveState(serial=vm.next_serial())) for role in vm.vcpus]
+    devices, drives, vcpus = await asyncio.gather(
+        _each(vm, vm.hosts, messages.SaveState),
+        _each(vm, vm.hosts, messages.QueryDrives),
+        _each(vm, vm.vcpus, messages.SaveState),
+    )
     return MachineState(
         runstate=cast(Any, runstate),
         time=pack(
@@ -78,10 +77,15 @@ async def capture(vm: Vm, runstate: str, stopped_at_ns: int) -> MachineState:
             )
         ),
         fabric=pack(FabricRecord(fabric=struct_get(ffi, segment.fabric[0], _FABRIC_OMITTED))),
-        devices=devices,
+        devices=dict(zip(vm.hosts, devices, strict=True)),
         vcpus=tuple(vcpus),
-        drives=tuple(drives),
+        drives=tuple(entry for entries in drives for entry in entries),
     )
+
+
+async def _each(vm: Vm, roles: list[str], kind: type[messages.SaveState | messages.QueryDrives]) -> list[Any]:
+    """The answers of islands that are asked at once."""
+    return await asyncio.gather(*(vm.command(role, kind(serial=vm.next_serial())) for role in roles))
 
 
 async def apply(vm: Vm, state: MachineState) -> TimeRecord:
@@ -98,8 +102,12 @@ async def apply(vm: Vm, state: MachineState) -> TimeRecord:
     for host, records in state.devices.items():
         await vm.command(host, messages.LoadState(serial=vm.next_serial(), records=records))
     _set_fabric(segment, unpack(state.fabric, FabricRecord))
-    for role, records in zip(vm.vcpus, state.vcpus, strict=True):
-        await vm.command(role, messages.LoadState(serial=vm.next_serial(), records=records))
+    await asyncio.gather(
+        *(
+            vm.command(role, messages.LoadState(serial=vm.next_serial(), records=records))
+            for role, records in zip(vm.vcpus, state.vcpus, strict=True)
+        )
+    )
     return time
 
 

@@ -25,7 +25,8 @@ class Said(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class Offer(Said, frozen=True, tag="offer"):
     """First of all. ``epoch`` is the source's, ``description`` a part; ``channels`` connections will bring
     guest memory, packed by ``compression`` ("none" or "zstd"), in TLS if ``tls``. ``runs``: (first page,
-    pages) of what is in use by now, see ram.Ahead."""
+    pages) of what is in use by now, see ram.Ahead; ``stands``: the guest stands already, so that time counts.
+    """
 
     protocol: int
     epoch: int
@@ -34,6 +35,7 @@ class Offer(Said, frozen=True, tag="offer"):
     compression: str
     tls: bool
     runs: tuple[tuple[int, int], ...] = ()
+    stands: bool = False
 
 
 class LeasedImage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

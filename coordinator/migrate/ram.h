@@ -9,7 +9,7 @@
 #define RAM_PAGES 1      /* `count` pages from `first` follow */
 #define RAM_ZERO 2       /* they are zero: not written on arrival in round 0 */
 #define RAM_END 3        /* of this connection's share of round `round`; first, count: PAGES and ZERO pages sent in it */
-#define RAM_MOST 256     /* pages of a RAM_PAGES frame: what fits a cache between receiving and checking */
+#define RAM_MOST 64      /* pages of a RAM_PAGES frame: what stays in a cache between receiving and checking */
 
 struct ram_frame {
     uint64_t magic;

@@ -134,13 +134,15 @@ class Source:
             compression=self.parameters.multifd_compression,
             tls=bool(self.parameters.tls_creds),
             runs=runs,
+            stands=self.vm.state != "running",
         )
         ahead = asyncio.ensure_future(ram.Ahead(self.vm.segment, runs, write=False).run())
         self._undo.callback(ahead.cancel)
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 answer = await self._ask("negotiate", offer, messages.Accepted)
-                await ahead
+                if not offer.stands:
+                    await ahead
         except TimeoutError:
             raise MigrationError(f"{self.uri}: nobody answers") from None
         self._socks = await channel.connect(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from coordinator.contract.errors import AtollError, IslandError, MigrationError
+from coordinator.contract.segment import Segment
 from coordinator.contract.tls import server_context
 from coordinator.machine import Vm
 from coordinator.migrate import channel, decision, describe, messages, pump, ram, stream
@@ -130,7 +131,16 @@ class Target:
         segment = self.vm.segment
         assert segment is not None
         segment.empty_memory()
-        await self._unless_aborted(ram.Ahead(segment, offer.runs, write=True).run())
+        ahead = asyncio.ensure_future(ram.Ahead(segment, offer.runs, write=True).run())
+        try:
+            if not offer.stands:
+                await self._unless_aborted(asyncio.shield(ahead))
+            await self._take(offer, segment)
+        finally:
+            ahead.cancel()
+
+    async def _take(self, offer: messages.Offer, segment: Segment) -> None:
+        """Connections, memory, which is ready or becomes so meanwhile, then the state."""
         door = channel.Door(self._link.uri, self.parameters.x_data_port)
         try:
             self._accepted = messages.Accepted(
