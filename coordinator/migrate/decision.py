@@ -9,12 +9,15 @@ leases (blockd/lease).
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from pathlib import Path
 
 from coordinator.contract import decision
 from coordinator.contract.decision import Decision
 from coordinator.contract.errors import MigrationError, RecordError
+
+log = logging.getLogger(__name__)
 
 
 def folder() -> Path:
@@ -29,7 +32,8 @@ def place(transfer: str) -> Path:
 
 def release(transfer: str, epoch: int, machine: str, uuid: str) -> None:
     """Make the record. MigrationError means that it was not made, and, since none can be made later, that the
-    guest stays."""
+    guest stays. It counts as soon as its name can be seen, durable or not: a crash of this host, which could
+    lose it, leaves nobody here to run the guest, either."""
     path = place(transfer)
     found: Decision | None
     wanted = Decision(transfer, "released", epoch, vm=machine, uuid=uuid)
@@ -38,6 +42,9 @@ def release(transfer: str, epoch: int, machine: str, uuid: str) -> None:
         found = decision.decide(str(path), wanted)
     except (OSError, RecordError) as error:
         found = _look(path)
+        if found is None and os.path.lexists(path):
+            log.warning("%s: %s", path, error)
+            return
         if found is None:
             reason = getattr(error, "strerror", None) or error
             raise MigrationError(f"{path}: {reason}; the guest stays here") from None

@@ -15,7 +15,7 @@ from coordinator.contract.errors import ConfigError, MigrationError
 
 KINDS = ("kill", "fail", "cut", "delay", "lose", "double")
 #: points of the source (before a phase; with ".done", behind it) and of the target
-_PHASES = ("negotiate", "drain", "stop", "settle", "send", "verify", "release", "resume")
+_PHASES = ("negotiate", "aim", "drain", "stop", "flush", "settle", "send", "verify", "release", "resume")
 _TARGET = tuple(f"target.{step}" for step in ("negotiate", "receive", "load", "verify", "resume"))
 POINTS = (*_PHASES, "quiesce", *(f"{phase}.done" for phase in _PHASES), *_TARGET)
 #: points at which something is said that can be lost or come twice

@@ -163,3 +163,5 @@ class Manager:
             self._task.cancel()
             with contextlib.suppress(AtollError, asyncio.CancelledError):
                 await self._task
+        if self._target is not None:
+            self._target.close()

@@ -83,6 +83,10 @@ class Target:
         finally:
             channel.close(self._socks)
 
+    def close(self) -> None:
+        """Nobody is answered any more."""
+        self._link.close()
+
     async def _refuse(self, reason: str) -> None:
         """The guest will not run here."""
         if self._transfer:
@@ -271,7 +275,6 @@ class Target:
                 await asyncio.wait({listening}, timeout=LINGER_SECONDS)
         finally:
             listening.cancel()
-            await asyncio.gather(listening, return_exceptions=True)
             self._link.close()
 
     async def _next(self, kind: type[T]) -> T:

@@ -138,24 +138,26 @@ def _connected(path: Path) -> QEMUMonitorProtocol | None:
 
 
 class Source(Moved):
-    """A machine whose guest runs."""
+    """A machine whose guest runs, once entered."""
 
-    def __init__(self, *options: str, **more: Any) -> None:
-        super().__init__(*options, **more)
+    def __enter__(self) -> Source:
         self.counts(1)
+        return self
 
 
 class Target(Moved):
-    """A machine that waits at ``uri``."""
+    """A machine that waits at ``uri``, once entered."""
 
-    def __init__(self, *options: str, **more: Any) -> None:
+    def __init__(self, *options: str, fault: str = "", **more: Any) -> None:
         super().__init__(*options, "-incoming", "defer", **more)
         self.uri = f"unix:{self.runtime / 'migration'}"
-        self.waits()
+        self._fault = fault
 
-    def waits(self) -> None:
+    def __enter__(self) -> Target:
         until(lambda: self.state == "inmigrate", "a machine that waits")
+        self.fault(self._fault)
         self.cmd("migrate-incoming", uri=self.uri)
+        return self
 
 
 def sequence(*consoles: str) -> int:

@@ -18,7 +18,7 @@ from tests.migrate.quiet import Quiet, World
 def says(vm: Quiet, notice: Any, when: type[island.Command] = island.Stop) -> None:
     """The device host sends ``notice`` right before it answers a command, as a guest brings it about that
     stops the next moment."""
-    sent = []
+    sent: list[Any] = []
 
     def before(role: str, command: island.Command) -> None:
         if role == "devhost0" and isinstance(command, when) and not sent:

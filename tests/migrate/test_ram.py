@@ -1,4 +1,4 @@
-"""Guest memory as a stream of frames (ram.h): what arrives, what is refused, and that nothing else is written."""
+"""Guest memory as frames (ram.h): what arrives, what is refused, and that nothing else is written."""
 
 from __future__ import annotations
 

@@ -82,9 +82,16 @@ def test_order_of_parts() -> None:
 
 @pytest.mark.parametrize(
     "payload",
-    [b"", b"\xc1", b"\x91" * 10_000, msgspec.msgpack.encode({"a": 1}), msgspec.msgpack.encode({"a": "x", "b": "x"}),
-     msgspec.msgpack.encode({"a": 1, "b": "x", "c": 1}), b"\x82\xa1a\x01\xa1b\xa2\xff\xff"],
-)  # fmt: skip
+    [
+        b"",
+        b"\xc1",
+        b"\x91" * 10_000,
+        msgspec.msgpack.encode({"a": 1}),
+        msgspec.msgpack.encode({"a": "x", "b": "x"}),
+        msgspec.msgpack.encode({"a": 1, "b": "x", "c": 1}),
+        b"\x82\xa1a\x01\xa1b\xa2\xff\xff",
+    ],
+)
 def test_payloads_that_are_whole_and_no_value(payload: bytes) -> None:
     assert "does not parse" in refused(
         changed(GOOD, length=len(payload), digest=stream._digest(payload))[: HEADER.size] + payload
