@@ -81,6 +81,8 @@ def data_runs(segment: Segment) -> Iterator[Run]:
             if error.errno != errno.ENXIO:
                 raise
             break
+        if at >= end:  # that of the ROM
+            break
         stop = min(end, os.lseek(segment.fd, at, os.SEEK_HOLE))
         first, last = (at - segment.guest_offset) // PAGE, -(-(stop - segment.guest_offset) // PAGE)
         yield first, last - first
