@@ -13,6 +13,17 @@ from coordinator.contract.errors import BlockError
 from coordinator.contract.nbd import is_network_name
 
 FORMATS = ("raw", "qcow2")
+#: what images of other formats begin with: (offset, bytes) -> name. Sources: "LUKS On-Disk Format", 2.1;
+#: "QED Image File Format"; "VMware Virtual Disk Format 1.1", sparse extents and descriptors; [MS-VHDX] 2.2.1;
+#: VirtualBox, VDICore.h
+_FOREIGN = {
+    (0, b"LUKS\xba\xbe"): "LUKS",
+    (0, b"QED\0"): "QED",
+    (0, b"KDMV"): "VMDK",
+    (0, b"# Disk DescriptorFile"): "VMDK",
+    (0, b"vhdxfile"): "VHDX",
+    (0x40, b"\x7f\x10\xda\xbe"): "VDI",
+}
 
 
 def open_file(file: str, read_only: bool = False, unsafe: bool = False) -> HostFile:
@@ -30,10 +41,16 @@ def unsafe_file(file: str, read_only: bool) -> HostFile:
 
 
 def probe(file: str) -> str:
-    """The format that a file claims to have: qcow2 by its magic number, else raw."""
+    """The format that a file claims to have: qcow2 by its magic number, else raw. BlockError for what claims
+    to be of a format that is not known here, since its bytes are not the disk's."""
     host = open_file(file, read_only=True)
     try:
-        return "qcow2" if header.is_qcow2(host.read(0, min(4, host.size()))) else "raw"
+        begin = host.read(0, min(512, host.size()))
+        for (at, magic), name in _FOREIGN.items():
+            if begin.startswith(magic, at):
+                text = f"{file}: looks like {name}, which is not supported (raw, if asked for, takes its bytes)"
+                raise BlockError(text, errno.ENOTSUP)
+        return "qcow2" if header.is_qcow2(begin) else "raw"
     except OSError as error:
         raise BlockError(f"{file}: cannot be read: {error.strerror or error}", error.errno or 5) from None
     finally:

@@ -296,6 +296,19 @@ def test_force_share_reads_what_somebody_writes(tmp_path: Path, image_format: st
                 qemu_img(*arguments, shared)
 
 
+@pytest.mark.parametrize("name", ["luks", "qed", "vmdk", "vhdx", "vdi"])
+def test_other_formats_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    """Copied as raw they would give a disk that nobody has written."""
+    file = str(tmp_path / "disk")
+    if name == "luks":  # making one is a matter of luck where processor time cannot be measured
+        Path(file).write_bytes(b"LUKS\xba\xbe\x00\x01".ljust(4096, b"\0"))
+    else:
+        qemu_img("create", "-q", "-f", name, file, "1M")
+    assert f"looks like {name.upper()}" in img("convert", file, str(tmp_path / "copy"), status=1)
+    assert not os.path.exists(tmp_path / "copy")
+    img("convert", "-f", "raw", file, str(tmp_path / "copy"))
+
+
 def test_preallocation_of_raw_images(tmp_path: Path) -> None:
     """The modes are qemu-img's; a wrong one changes nothing."""
     file = str(tmp_path / "disk")
