@@ -48,7 +48,7 @@ def probe(file: str) -> str:
         begin = host.read(0, min(512, host.size()))
         for (at, magic), name in _FOREIGN.items():
             if begin.startswith(magic, at):
-                text = f"{file}: looks like {name}, which is not supported (raw, if asked for, takes its bytes)"
+                text = f"{file}: looks like {name}, which is not supported (raw, if asked for, takes it)"
                 raise BlockError(text, errno.ENOTSUP)
         return "qcow2" if header.is_qcow2(begin) else "raw"
     except OSError as error:
