@@ -1,6 +1,6 @@
 /* A bare-metal guest that counts in memory and on its disk, and would notice if the two were not of one moment.
  *
- * Multiboot, 32-bit, no library. For n = 1, 2, 3, ... it reads sector n % SECTORS of the primary master by PIO, which must hold
+ * Multiboot, 32-bit, no library. First it clears its sectors. For n = 1, 2, 3, ... it reads sector n % SECTORS of the primary master by PIO, which must hold
  * what it wrote there SECTORS numbers ago, as must a page of memory; writes n over both, flushes now and then, and says
  * "n XXXXXXXX" on COM1; or "bad XXXXXXXX" and no more. In between it sleeps for a tick of the PIT (100 Hz).
  *
@@ -16,7 +16,7 @@ enum { COM1 = 0x3F8, PIC1 = 0x20, PIC2 = 0xA0, PIT = 0x40, PM_CONTROL = 0x604, S
 enum { DATA = 0x1F0, COUNT = 0x1F2, LBA0, LBA1, LBA2, DEVICE, COMMAND, CONTROL = 0x3F6 };
 enum { READ = 0x20, WRITE = 0x30, FLUSH = 0xE7, BUSY = 0x80, READY = 0x40, DRQ = 8, ERR = 1, NIEN = 2 };
 enum { CODE = 8, IRQ_BASE = 0x20, HZ = 100, PIT_HZ = 1193182 };
-enum { FIRST_PAGE = 0x400000, SECTORS = 200, WORDS = 128, PAGE_WORDS = 1024 };
+enum { FIRST_PAGE = 0x400000, SECTORS = 32, WORDS = 128, PAGE_WORDS = 1024 };
 
 __attribute__((section(".text.multiboot"), used, aligned(4)))
 static const u32 multiboot_header[] = { 0x1BADB002, 0, -0x1BADB002u };
@@ -97,6 +97,19 @@ static int begin(u8 command, u32 sector)
     return !(inb(COMMAND) & ERR);
 }
 
+static int write_sector(u32 sector, u32 value)
+{
+    if (!begin(WRITE, sector))
+        return 0;
+    for (int i = 0; i < WORDS; i++) {
+        outw(DATA, (u16)value);
+        outw(DATA, (u16)(value >> 16));
+    }
+    while (inb(COMMAND) & BUSY)
+        ;
+    return !(inb(COMMAND) & ERR);
+}
+
 static int turn_sector(u32 n)
 {
     u32 before = n > SECTORS ? n - SECTORS : 0, sector = n % SECTORS;
@@ -105,15 +118,7 @@ static int turn_sector(u32 n)
         u32 low = inw(DATA), high = inw(DATA);
         good = (high << 16 | low) == before;
     }
-    if (!good || !begin(WRITE, sector))
-        return 0;
-    for (int i = 0; i < WORDS; i++) {
-        outw(DATA, (u16)n);
-        outw(DATA, (u16)(n >> 16));
-    }
-    while (inb(COMMAND) & BUSY)
-        ;
-    return !(inb(COMMAND) & ERR) && (n % 16 || begin(FLUSH, 0));
+    return good && write_sector(sector, n) && (n % 16 || begin(FLUSH, 0));
 }
 
 static int turn_page(u32 n)
@@ -132,6 +137,8 @@ __attribute__((used)) static void guest(void)
 {
     set_up_interrupts();
     outb(CONTROL, NIEN);
+    for (u32 sector = 0; sector < SECTORS; sector++)
+        write_sector(sector, 0);
     for (u32 n = 1;; n++) {
         __asm__ volatile("sti; hlt; cli");
         if (!turn_page(n) || !turn_sector(n)) {
