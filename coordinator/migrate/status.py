@@ -110,7 +110,7 @@ class Status:
         """How long each phase has taken, milliseconds, in their order."""
         spent: dict[str, float] = {}
         ends = [begun for _, begun in self._phases[1:]] + [now]
-        for (name, begun), end in zip(self._phases, ends, strict=True):
+        for (name, begun), end in zip(self._phases, ends, strict=False):
             spent[name] = round(spent.get(name, 0.0) + (end - begun) * MS, 1)
         return spent
 

@@ -6,6 +6,7 @@ a sequence without a gap or a repetition: two that run at once would both say th
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import tempfile
@@ -31,7 +32,8 @@ class Moved:
 
     def __init__(self, *options: str, guest: str = "counter", before: tuple[str, ...] = ()) -> None:
         self.runtime = Path(tempfile.mkdtemp(prefix="atoll-"))
-        self.console = self.runtime / "console"
+        self._folder = tempfile.TemporaryDirectory(prefix="atoll-")
+        self.console = Path(self._folder.name) / "console"
         self.machine = Machine(
             *before, "-kernel", str(products.bare(guest)), "-m", "16", "-serial", f"file:{self.console}",
             "-qmp", f"unix:{self.runtime / 'qmp'},server=on,wait=off", *options,
@@ -39,6 +41,8 @@ class Moved:
         )  # fmt: skip
         self.machine._own = True
         self._qmp: QEMUMonitorProtocol | None = None
+        #: of the console, when it is no more
+        self._text = ""
 
     def __enter__(self) -> Moved:
         return self
@@ -47,8 +51,11 @@ class Moved:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._qmp is not None:
-            self._qmp.close()
+            with contextlib.suppress(EOFError, OSError):  # the machine may have closed it first
+                self._qmp.close()
         self.machine.__exit__(kind, value, trace)
+        self._text = self.text
+        self._folder.cleanup()
 
     # ---- control -----------------------------------------------------------------------------------
     @property
@@ -115,7 +122,7 @@ class Moved:
     # ---- the guest ---------------------------------------------------------------------------------
     @property
     def text(self) -> str:
-        return self.console.read_text() if self.console.exists() else ""
+        return self.console.read_text() if self.console.exists() else self._text
 
     def counts(self, more: int = 3) -> None:
         """Waits until the guest has counted on here."""

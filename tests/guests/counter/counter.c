@@ -106,6 +106,8 @@ static void order(u8 byte)
 
 __attribute__((used)) static void guest(void)
 {
+    for (volatile u32 *word = (u32 *)FIRST_PAGE; word < (u32 *)(FIRST_PAGE + PAGES * 4096); word++)
+        *word = 0; /* a reset leaves memory as it is */
     set_up_interrupts();
     for (u32 n = 1;; n++) {
         while (ticks < n)
