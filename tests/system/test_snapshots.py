@@ -185,7 +185,7 @@ STEPS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def _session(monitor: QEMUMonitorProtocol) -> list[Any]:
+def _session(monitor: Any) -> list[Any]:
     """All replies, jobs and events."""
     told: list[Any] = []
     for name, arguments in STEPS:
@@ -195,7 +195,7 @@ def _session(monitor: QEMUMonitorProtocol) -> list[Any]:
         if job and "return" in reply:
             until(lambda: monitor.cmd("query-jobs")[0]["status"] == "concluded", "the end of a job")
             told.append(sorted(monitor.cmd("query-jobs")[0].items()))
-            again: Any = monitor.cmd_raw(name, {"job-id": "j0", **arguments})
+            again = monitor.cmd_raw(name, {"job-id": "j0", **arguments})
             told.append(again["error"]["desc"])
             told.append(monitor.cmd("job-dismiss", id="j0"))
         events = monitor.get_events(wait=False)
@@ -252,7 +252,7 @@ def test_devices_that_do_not_make_a_machine(scribe: Scribe) -> None:
     assert scribe.monitor("info snapshots") == "There is no snapshot available.\n"
 
 
-@pytest.mark.parametrize("tag", ["a", "7", "-d", "s p,a=ce", "Ünïcödé", "名前", "x" * 255, "../../x", "'\"\\"])
+@pytest.mark.parametrize("tag", ["7", "-d", "s p,a=ce", "Ünïcödé 名前", "x" * 255, "../../'\"\\"])
 def test_names_that_are_taken_as_they_are(scribe: Scribe, disks: tuple[str, str], tag: str) -> None:
     assert scribe.save(tag) is None
     assert scribe.save(tag) == f"Snapshot '{tag}' already exists in one or more devices"
