@@ -1,0 +1,116 @@
+"""A machine to a file and back, between Vms without islands: a full disk, a cancel, and what a file could
+have wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coordinator.migrate import file, ram
+from tests.migrate.conftest import Run
+from tests.migrate.quiet import Quiet, World
+
+
+async def saved(world: World, path: Path) -> Quiet:
+    source = await world.source()
+    source.write(77)
+    source.migration.migrate(f"file:{path}")
+    assert await source.done() == "completed", source.error
+    assert source.state == "postmigrate" and not source.runs
+    return source
+
+
+def comes(world: World, path: Path) -> Quiet:
+    vm = Quiet(world, world.machines[0].options)
+    vm.state = "inmigrate"
+    vm.migration.incoming(f"file:{path}")
+    return vm
+
+
+def test_round_trip(quiet: Run, tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        await saved(world, tmp_path / "a state")
+        target = comes(world, tmp_path / "a state")
+        assert await target.done() == "completed"
+        assert (target.runs, target.read()) == (True, 77)
+        assert [path.name for path in tmp_path.glob("*state*")] == ["a state"]
+
+    quiet(test)
+
+
+@pytest.mark.parametrize("at", ["write", "memory", "sync", "rename"])
+def test_a_disk_that_is_full_at_any_step(
+    quiet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    def full(*words: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    async def test(world: World) -> None:
+        source = await world.source()
+        with monkeypatch.context() as patch:
+            match at:
+                case "write":
+                    patch.setattr(file, "_put", full)
+                case "memory":
+                    patch.setattr(ram.Sender, "run", full)
+                case "sync":
+                    patch.setattr(os, "fsync", full)
+                case "rename":
+                    patch.setattr(os, "replace", full)
+            source.migration.migrate(f"file:{tmp_path / 'state'}")
+            assert await source.done() == "failed"
+        assert "No space left on device" in source.error
+        assert source.runs and source.state == "running"
+        assert list(tmp_path.glob("state*")) == []
+
+    quiet(test)
+
+
+def test_a_cancel_leaves_no_file(quiet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that writes has ended before the file is closed: its descriptor may be another's then."""
+    ended: list[int] = []
+
+    async def test(world: World) -> None:
+        source = await world.source()
+        run = ram.Sender.run
+
+        def slow(self: ram.Sender, fd: int, peer: str) -> None:
+            loop.call_soon_threadsafe(source.migration.cancel)
+            while not self.cancelled:
+                pass
+            os.fstat(fd)
+            ended.append(fd)
+            run(self, fd, peer)
+
+        loop = asyncio.get_running_loop()
+        monkeypatch.setattr(ram.Sender, "run", slow)
+        source.migration.migrate(f"file:{tmp_path / 'state'}")
+        assert await source.done() == "cancelled"
+        assert len(ended) == 1
+        assert source.runs
+        assert list(tmp_path.glob("state*")) == []
+
+    quiet(test)
+
+
+def test_truncated_anywhere_and_flipped_anywhere(quiet: Run, tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        await saved(world, tmp_path / "state")
+        whole = (tmp_path / "state").read_bytes()
+        bad = tmp_path / "bad"
+        step = len(whole) // 24
+        for place in [*range(0, len(whole), step), len(whole) - 1]:
+            for data in (whole[:place], whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :]):
+                bad.write_bytes(data)
+                target = comes(world, bad)
+                assert await target.done() == "failed", place
+                assert "incoming migration" in await target.ended()
+                assert not target.runs
+                await target.shut()
+
+    quiet(test)
