@@ -345,7 +345,7 @@ def spoil(file: str, place: str) -> None:
     while (at := data.find(b"ATOLLMIG", at + 1)) >= 0:
         parts.append(at)
     assert len(parts) == 4  # description, state, mark of memory, end
-    data[{"state": parts[1] + 100, "memory": parts[3] - 2000}[place]] ^= 1
+    data[{"state": parts[1] + 100, "memory": parts[2] + 300}[place]] ^= 1
     Path(file).write_bytes(data)
 
 
