@@ -15,7 +15,7 @@ from tests.system.test_disk import changed
 
 pytestmark = [pytest.mark.boot, pytest.mark.timeout(1500)]
 
-SIZE = 24 << 20
+SIZE = 17 << 20
 
 
 def test_linux_goes_back_with_its_disks(launcher: Launcher, tmp_path: Path) -> None:

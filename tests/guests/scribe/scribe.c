@@ -1,8 +1,9 @@
 /* A bare-metal guest that counts in memory and on its disk, and would notice if the two were not of one moment.
  *
- * Multiboot, 32-bit, no library. First it clears its sectors. For n = 1, 2, 3, ... it reads sector n % SECTORS of the primary master by PIO, which must hold
- * what it wrote there SECTORS numbers ago, as must a page of memory; writes n over both, flushes now and then, and says
- * "n XXXXXXXX" on COM1; or "bad XXXXXXXX" and no more. In between it sleeps for a tick of the PIT (100 Hz).
+ * Multiboot, 32-bit, no library. It clears its sectors and pages. Then, for n = 1, 2, 3, ... it reads sector n % SECTORS of the
+ * primary master by PIO, which must hold what it wrote there SECTORS numbers ago, as must a page of memory; writes n over both,
+ * flushes now and then, and says "n XXXXXXXX" on COM1; or "bad XXXXXXXX" and no more. In between it sleeps for a tick of the PIT
+ * (100 Hz).
  *
  * O on COM1 powers off.
  *
@@ -139,6 +140,8 @@ __attribute__((used)) static void guest(void)
     outb(CONTROL, NIEN);
     for (u32 sector = 0; sector < SECTORS; sector++)
         write_sector(sector, 0);
+    for (u32 i = 0; i < SECTORS * PAGE_WORDS; i++)
+        ((volatile u32 *)FIRST_PAGE)[i] = 0;
     for (u32 n = 1;; n++) {
         __asm__ volatile("sti; hlt; cli");
         if (!turn_page(n) || !turn_sector(n)) {
