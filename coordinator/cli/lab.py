@@ -44,6 +44,7 @@ EXPERIMENT = {
     "loss": ("SHARE", "of connections that break"),
     "rate": ("MB", "a second and connection"),
     "patience": ("SECONDS", "without a read until a guest counts as lost"),
+    "command-timeout": ("SECONDS", "until the guest's kernel gives up a CD command; 0: its own choice"),
 }
 
 

@@ -40,23 +40,27 @@ class Guest:
 @cache
 def initramfs() -> Path:
     """The program as /init, and the modules of the CD-ROM drive in the order in which it loads them."""
-    program = compiled("cdreader", SOURCES, (*STATIC_FLAGS, "-march=x86-64", "-pthread"))
+    return packed("lab", compiled("cdreader", SOURCES, (*STATIC_FLAGS, "-march=x86-64", "-pthread")), MODULES)
+
+
+def packed(name: str, program: Path, wanted: tuple[str, ...]) -> Path:
+    """A static program as /init of an initramfs, and modules with the order in which it must load them."""
     kernel = pieces.modules_dir()
 
     def build(path: Path) -> None:
         archive = cpio.Archive()
-        for folder in ("dev", "proc", "modules"):
+        for folder in ("dev", "proc", "sys", "modules"):
             archive.folder(folder)
         archive.device("dev/console", 5, 1)
-        ordered = modules.load_order(kernel, MODULES)
-        for name, elf in ordered:
-            archive.file(f"modules/{name}.ko", elf)
-        archive.file("modules/order", "".join(f"{name}\n" for name, _ in ordered).encode())
+        ordered = modules.load_order(kernel, wanted)
+        for module, elf in ordered:
+            archive.file(f"modules/{module}.ko", elf)
+        archive.file("modules/order", "".join(f"{module}\n" for module, _ in ordered).encode())
         archive.file("init", program.read_bytes(), 0o755)
         path.write_bytes(gzip.compress(archive.finish(), compresslevel=6, mtime=0))
 
     builder = source(Path(__file__), Path(cpio.__file__), Path(modules.__file__))
-    return product("lab.gz", [kernel.name, program.name, *builder], build)
+    return product(f"{name}.gz", [kernel.name, program.name, *wanted, *builder], build)
 
 
 @cache
@@ -77,6 +81,7 @@ def guest(experiment: Experiment) -> Guest:
     words = {
         "sha256": digest,
         "gap_ms": GAP_MS,
+        "timeout": experiment.command_timeout,
         "fill": experiment.fill,
         "dirty": experiment.dirty,
         "dirty_rate": experiment.dirty_rate,

@@ -39,5 +39,6 @@ def _booted(experiment: Experiment) -> str:
         experiment.fill,
         experiment.dirty,
         experiment.dirty_rate,
+        experiment.command_timeout,
     )
     return "booted-" + "-".join(map(str, same))

@@ -44,7 +44,8 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     on while it is stopped, which it must for the guest to see its downtime. ``drain``: bound in ms under the
     policy of that name. ``delay`` (ms, one way), ``loss`` (share of connections that break) and ``rate``
     (MB a second) are of the network between the hosts. ``patience``: seconds without a completed read after
-    which a guest counts as lost.
+    which a guest counts as lost. ``command-timeout``: seconds after which the guest's kernel gives up a CD
+    command, 0 for its own choice (30).
     """
 
     name: str
@@ -68,6 +69,7 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     loss: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
     rate: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     patience: Annotated[float, msgspec.Meta(gt=0)] = 90.0
+    command_timeout: Natural = 0
 
     @property
     def shaped(self) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from coordinator import pieces
 from coordinator.lab import cpio, modules
+from coordinator.lab.guest import packed
 from coordinator.lab.product import STATIC_FLAGS, compiled, product, source
 from tests.support import iso
 
@@ -67,6 +68,12 @@ def initramfs() -> Path:
     kernel = pieces.modules_dir()
     identity = [kernel.name, str((kernel / "modules.builtin").stat().st_size)]
     return product("initramfs.gz", [*identity, *source(*programs.values()), *builder], build)
+
+
+@cache
+def writer() -> Path:
+    """An initramfs whose first program is tests/guests/writer."""
+    return packed("writer", program("writer"), ("ata_piix", *DISK_MODULES))
 
 
 @cache

@@ -2,6 +2,7 @@
  *
  * The kernel's command line says what it does:
  *   lab.sha256=HEX    of the whole CD; each pass is compared with it
+ *   lab.timeout=N     seconds after which the kernel gives up a command to the drive; 0: as it likes
  *   lab.gap_ms=N      report gaps of the clock from here on
  *   lab.fill=MIB      memory that is filled once
  *   lab.dirty=MIB     memory that is written again and again, at lab.dirty_rate=MIB a second
@@ -84,6 +85,14 @@ static int open_cd(off_t *bytes)
     give_up("/dev/sr0");
 }
 
+/* How long the block layer waits for a command of the drive. */
+static void set_timeout(unsigned seconds)
+{
+    FILE *file = fopen("/sys/block/sr0/device/timeout", "w");
+    if (file == NULL || fprintf(file, "%u", seconds) < 0 || fclose(file) != 0)
+        give_up("/sys/block/sr0/device/timeout");
+}
+
 /* Until it is read; what fails is told and made again. */
 static void read_at(int fd, uint8_t *data, size_t bytes, off_t offset)
 {
@@ -126,6 +135,7 @@ int main(void)
 {
     mount("dev", "/dev", "devtmpfs", 0, NULL);
     mount("proc", "/proc", "proc", 0, NULL);
+    mount("sys", "/sys", "sysfs", 0, NULL);
     int fd = open("/proc/cmdline", O_RDONLY | O_CLOEXEC);
     if (fd < 0 || read(fd, command_line, sizeof command_line - 1) < 0)
         give_up("/proc/cmdline");
@@ -133,6 +143,8 @@ int main(void)
     load_modules();
     off_t bytes;
     fd = open_cd(&bytes);
+    if (number("lab.timeout", 0))
+        set_timeout(number("lab.timeout", 0));
     watch_kernel();
     watch_clock(number("lab.gap_ms", 8));
     if (number("lab.fill", 0))
