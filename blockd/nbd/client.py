@@ -4,8 +4,9 @@ Source: NBD protocol, "Transmission phase", "Ordering of messages and writes".
 
 Each thread sends its own requests. One of the threads that wait receives for all (it *leads*), and hands
 that on when its own requests are done: no thread exists for the client, and a single request costs no
-switch between threads. The leader also connects again when the connection is lost: the whole handshake,
-then the writes that are not durable yet, then what was unanswered, both in their old order.
+switch between threads. Where nobody leads, a sender that the server keeps waiting takes in replies. The
+leader also connects again when the connection is lost: the whole handshake, then the writes that are not
+durable yet, then what was unanswered, both in their old order.
 
 What bounds a request: ``reconnect_delay`` seconds for a server that cannot be reached, ``answer_timeout``
 seconds for one that is silent, and MOST_ATTEMPTS connections for one that never answers it. After that
@@ -44,6 +45,8 @@ log = logging.getLogger(__name__)
 HANDSHAKE_SECONDS = 10.0
 #: pauses between two attempts to connect: the first, and the longest
 FIRST_PAUSE, LONGEST_PAUSE = 0.01, 1.0
+#: pause of a sender that can do nothing, while another thread takes in what has come
+LEADER_SECONDS = 0.001
 #: connections that one request is sent on before it fails
 MOST_ATTEMPTS = 8
 
@@ -80,6 +83,8 @@ class Client:
         self._pending: dict[int, Request] = {}
         self._waiting: dict[Call, None] = {}
         self._leading = False
+        #: what a sender met, for the next leader
+        self._violation: Violation | None = None
         #: counts connections, made and lost, so that a request is sent once on each
         self._generation = 0
         self._unflushed = Unflushed()
@@ -140,9 +145,26 @@ class Client:
             if self._generation == generation:
                 request.attempts = 1
                 try:
-                    self._send(wire, request)
+                    self._send(wire, request, lambda: self._take_meanwhile(wire))
                 except Lost:
                     pass  # the leader finds that out, too
+
+    def _take_meanwhile(self, wire: Wire) -> None:
+        """Take one reply while a request cannot be sent, unless somebody leads: a server that cannot get rid
+        of its replies may take no more requests. Lost. The sender holds ``_sending``, so what is wrong is
+        left to the next leader."""
+        with self._lock:
+            leading, self._leading = self._leading, True
+        if leading:
+            time.sleep(LEADER_SECONDS)
+            return
+        try:
+            self._take()
+        except Violation as reason:
+            self._violation = reason
+            wire.shut("given up")
+        finally:
+            self._hand_on()
 
     def _send(self, wire: Wire, request: Request, meanwhile: Callable[[], None] | None = None) -> None:
         header = REQUEST.pack(
@@ -176,12 +198,16 @@ class Client:
             try:
                 self._lead(call)
             finally:
-                with self._lock:
-                    self._leading = False
-                    if self._waiting:
-                        following = next(iter(self._waiting))
-                        del self._waiting[following]
-                        following.turn.set()
+                self._hand_on()
+
+    def _hand_on(self) -> None:
+        """Let one that waits lead."""
+        with self._lock:
+            self._leading = False
+            if self._waiting:
+                following = next(iter(self._waiting))
+                del self._waiting[following]
+                following.turn.set()
 
     # ---- leading ---------------------------------------------------------------------------------
     def _lead(self, call: Call) -> None:
@@ -191,13 +217,19 @@ class Client:
                 if self._wire is None:
                     self._connect_again()
                 else:
-                    self._replies.take()
+                    self._take()
             except Lost as reason:
                 self._drop()
                 log.warning("%s: %s; connecting again", self._address.server, reason)
             except Violation as reason:
                 self._drop()
                 self._fail(errno.EIO, f"broke the protocol: {reason}")
+
+    def _take(self) -> None:
+        """Take one reply; Lost or Violation, also one that a sender met."""
+        if self._violation is not None:
+            raise self._violation
+        self._replies.take()
 
     def _find(self, cookie: int) -> Request | None:
         return self._pending.get(cookie)
@@ -230,6 +262,7 @@ class Client:
         """The connection is of no use any more."""
         with self._lock:
             wire, self._wire = self._wire, None
+            self._violation = None
             self._generation += 1
             self._lost_at = self._clock()
             self._fruitless += 1

@@ -13,8 +13,10 @@ import pytest
 
 from blockd.image import Extent
 from blockd.nbd.remote import NbdImage
+from blockd.nbd.replies import Request
 from coordinator.contract.config import Export
 from coordinator.contract.errors import BlockError
+from coordinator.contract.nbd import Command
 from tests.blockd.conftest import Serve, make_image
 from tests.blockd.nbd_client.conftest import Foreign, Start
 from tests.blockd.nbd_client.script import (
@@ -37,6 +39,7 @@ from tests.blockd.nbd_client.script import (
     done,
     error,
     hole,
+    leaving,
     name,
     negotiate,
     read,
@@ -358,6 +361,72 @@ def test_replies_in_any_order(runtime: Path) -> None:
     assert read(image, 0, 12288) == b"a" * 100 + b"A" * 3996 + b"b" * 4096 + b"c" * 4096
     image.close()
     server.finish()
+
+
+def read_and_write(image: NbdImage, size: int) -> Request:
+    """Both by one thread: nobody waits for replies while the write is sent. Returns the read."""
+    asked = Request(Command.READ, 0, size, memoryview(bytearray(size)))
+    image._client.call(asked, Request(Command.WRITE, 0, size, memoryview(bytearray(size))))
+    return asked
+
+
+def test_a_server_that_answers_before_it_takes_more(runtime: Path) -> None:
+    """Neither side's buffers hold a request or an answer: the client reads while it sends."""
+    size = 16 * MIB
+
+    def script(sock: socket.socket) -> None:
+        negotiate(sock, size=size)
+        asked = take(sock)
+        sock.sendall(data(asked.cookie, 0, b"r" * size))
+        sock.sendall(done(take(sock).cookie))
+        take(sock)
+
+    server = WireServer(str(runtime / "s"), script)
+    image = NbdImage(name(str(runtime / "s"), reconnect_delay=0))
+    asked = read_and_write(image, size)
+    assert asked.view == b"r" * size
+    image.close()
+    server.finish()
+
+
+def test_nonsense_that_comes_while_a_request_is_sent(runtime: Path) -> None:
+    """It ends what is in flight, as it does at any other time."""
+
+    def script(sock: socket.socket) -> None:
+        negotiate(sock, size=16 * MIB)
+        take(sock)
+        sock.sendall(bytes(64))
+        while sock.recv(65536):
+            pass
+
+    server = WireServer(str(runtime / "s"), leaving(script))
+    image = NbdImage(name(str(runtime / "s"), reconnect_delay=0))
+    with pytest.raises(OSError, match="broke the protocol: reply without its magic number"):
+        read_and_write(image, 16 * MIB)
+    image.close()
+    server.finish()
+
+
+def test_many_threads_that_read_and_write_at_once(nbdkit: Start) -> None:
+    """A server whose worker threads all answer reads takes no more writes meanwhile."""
+    policy = ("--filter=blocksize-policy", "blocksize-maximum=64k", "blocksize-error-policy=error")
+    image = NbdImage(name(nbdkit("memory", "64M", *policy), reconnect_delay=0))
+    errors: list[OSError] = []
+
+    def work(index: int) -> None:
+        at, buffer = index * 16 * MIB, memoryview(bytearray(16 * MIB))
+        try:
+            image.read_into(at, buffer) if index % 2 else image.write(at, buffer)
+        except OSError as reason:
+            errors.append(reason)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    image.close()
 
 
 def test_a_server_of_simple_replies(runtime: Path) -> None:
