@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from coordinator.contract.errors import BlockError
 from devhost.block_client import BlockClient, Completion
+from devhost.faults import Faults
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +25,9 @@ class NbdBackend:
     """``devhost.ide.backend.BlockBackend`` over a connected client. ``completed(cookie, errno)`` is the
     drive's; ``settled()`` ends the event that some completions are."""
 
-    def __init__(self, client: BlockClient) -> None:
+    def __init__(self, client: BlockClient, faults: Faults | None = None) -> None:
         self.client = client
+        self._faults = faults or Faults()
         self.completed: Callable[[int, int], None] = lambda cookie, errno: None
         self.settled: Callable[[], None] = lambda: None
         #: while there is no connection: an eventfd that is rung for each request
@@ -56,6 +58,7 @@ class NbdBackend:
         """Without a connection the loop hears of it by the bell; it never completes in here."""
         if self._bell is not None:
             os.eventfd_write(self._bell, 1)
+        self._faults.at("block-sent")
         return cookie
 
     def cancel(self, cookie: int) -> None:
@@ -110,6 +113,8 @@ class NbdBackend:
             self._bell = None
 
     def _deliver(self, done: list[Completion]) -> None:
+        if done:
+            self._faults.at("block-answered")
         for cookie, errno in done:
             self.completed(cookie, errno)
         if done:

@@ -4,7 +4,9 @@ Devices are mapped here by wiring (pc.py). For each mapping the bus writes regis
 the port map of the segment, so that a vCPU answers shadow and time registers by itself; what
 reaches this process is dispatched through one dictionary per space, resolved when it is mapped.
 
-After each event of a device its SHADOW registers and time sources are stored in the segment.
+An event changes devices, which are ``touched``, and leaves effects on the rest of the machine. When it
+ends, SHADOW registers and time sources of the touched devices are stored in the segment, then the effects
+are performed. The service has several events end together, and commits in between (commit.py).
 """
 
 from __future__ import annotations
@@ -13,16 +15,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from coordinator.contract.device import Device
 from coordinator.contract.messages import SPACE_INTA, SPACE_PORT
 from coordinator.contract.registers import Access, Register
 from coordinator.contract.segment import SHADOW_ASK, Segment
+from coordinator.contract.state import Record
+
+Effect = tuple[Callable[..., Any], tuple[Any, ...]]
 
 #: an access that nobody answers reads as all ones
 ONES = {1: 0xFF, 2: 0xFFFF, 4: 0xFFFF_FFFF, 8: 0xFFFF_FFFF_FFFF_FFFF}
 
 
-@dataclass
+@dataclass(eq=False)
 class Slot:
     """A device as the bus knows it."""
 
@@ -40,6 +47,11 @@ class Slot:
     gate: Callable[[str, int, bytes | None], bool] | None = None
     #: told when an event of the device has ended
     settled: Callable[[], None] | None = None
+    #: what a write to this device may change besides it and the interrupt lines
+    also: tuple[Slot, ...] = ()
+    #: as last committed, and where
+    committed: Record | None = None
+    state_slot: int = -1
 
 
 @dataclass(frozen=True)
@@ -64,16 +76,34 @@ class Bus:
         self._ports: dict[int, Window] = {}
         self._memory: list[Window] = []
         self.inta: Callable[[], int] | None = None
-        self._effects: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+        #: who answers INTA, and knows the interrupt lines
+        self.pic: Slot | None = None
+        self.effects: list[Effect] = []
+        #: of the event in hand: what it may have changed, in order
+        self.touched: dict[Slot, None] = {}
+        #: what is committed with the devices and is none
+        self.beside: tuple[Slot, ...] = ()
+        #: events end when the service says so
+        self.grouped = False
+        #: indices in the segment by what they are for; a successor goes on with those of its predecessor
+        self.known: dict[str, int] = {}
+        #: the port map is not shown yet, see ``show_ports``
+        self.silent = False
         #: -trace: called with (device name, register, width, data of all items, write)
         self.trace: Callable[[str, str, int, bytes, bool], None] | None = None
 
     # ---- mapping -------------------------------------------------------------------------------
     def add(self, device: Device, name: str) -> Slot:
         """Give a device its id; ``name`` is what tables and traces call it."""
-        slot = Slot(device, name, self.segment.allocate_device(name))
+        slot = Slot(device, name, self._index(f"device {name}", lambda: self.segment.allocate_device(name)))
         self.slots[slot.id] = slot
         return slot
+
+    def _index(self, what: str, allocate: Callable[[], int]) -> int:
+        index = self.known.get(what)
+        if index is None:
+            index = self.known[what] = allocate()
+        return index
 
     def map_ports(self, slot: Slot, base: int, range_name: str = "main", size: int | None = None) -> None:
         """Answer ports ``base`` and up with the device's range; where several do, the device added last. A
@@ -97,13 +127,28 @@ class Bus:
         """The window on top answers."""
         if not self._claims[port]:
             del self._claims[port], self._ports[port]
-            self.segment.ports[port] = 0
+            if not self.silent:
+                self.segment.ports[port] = 0
             return
         window = max(self._claims[port], key=lambda window: (window.slot.id, window.range_name))
         self._ports[port] = window
         offset = port - window.base
+        if not self.silent:
+            self.segment.ports[port] = self._port_descriptor(window, offset)
+
+    def _port_descriptor(self, window: Window, offset: int) -> int:
         register = window.slot.device.ranges[window.range_name].at(offset) or Register("unused", offset)
-        self.segment.ports[port] = self._descriptor(window.slot, window.range_name, register, offset)
+        return self._descriptor(window.slot, window.range_name, register, offset)
+
+    def show_ports(self) -> None:
+        """End being ``silent``: the port map is as it is here, for ports of this host."""
+        self.silent = False
+        shown = self.segment.port_map
+        for port in np.flatnonzero(shown).tolist():
+            if port not in self._ports and self.segment.regs[shown[port]].host == self.host:
+                shown[port] = 0
+        for port, window in self._ports.items():
+            shown[port] = self._port_descriptor(window, port - window.base)
 
     def map_memory(self, slot: Slot, gpa: int, size: int, range_name: str = "main") -> tuple[int, int]:
         """Answer addresses ``gpa`` and up; returns (first_reg, regs) for the region in the memory map."""
@@ -122,7 +167,8 @@ class Bus:
         key = (range_name, offset)
         if key in slot.descriptors:
             return slot.descriptors[key]
-        index = self.segment.allocate_register()
+        place = f"{slot.name} {range_name} {offset:#x}"
+        index = self._index(f"register {place}", self.segment.allocate_register)
         desc = self.segment.regs[index]
         desc.read_class, desc.write_class = register.read, register.write
         desc.host, desc.device = self.host, slot.id
@@ -130,14 +176,15 @@ class Bus:
         desc.offset, desc.length = register.offset, register.span
         desc.shift, desc.within, desc.plain = register.shift, offset - register.offset, register.plain
         if register.read is Access.SHADOW:
-            desc.shadow = self.segment.allocate_shadow()
+            desc.shadow = self._index(f"shadow {place}", self.segment.allocate_shadow)
             slot.shadows.append((desc.shadow, offset, range_name))
         if register.read is Access.TIME:
             desc.time_source = self._time_source(slot, register)
         if register.hazard is not None:
             number = slot.hazards.get(register.hazard)
             if number is None:
-                number = slot.hazards[register.hazard] = self.segment.allocate_hazard()
+                what = f"hazard {slot.name} {register.hazard}"
+                number = slot.hazards[register.hazard] = self._index(what, self.segment.allocate_hazard)
             if register.read is Access.SHADOW:
                 desc.read_hazard = number
             if register.write is Access.POSTED:
@@ -150,32 +197,65 @@ class Bus:
         for index, name in slot.time_sources:
             if name == register.time_source:
                 return index
-        source = slot.device.time_sources[register.time_source]
-        index = self.segment.allocate_time_source(source.mul, source.div, source.mask)
+        shape = slot.device.time_sources[register.time_source]
+        index = self._index(
+            f"time {slot.name} {register.time_source}",
+            lambda: self.segment.allocate_time_source(shape.mul, shape.div, shape.mask),
+        )
         slot.time_sources.append((index, register.time_source))
         return index
 
-    # ---- effects -------------------------------------------------------------------------------
-    def defer(self, function: Callable[..., None], *arguments: Any) -> None:
-        """An effect of the event in hand on the rest of the machine: in order, after shadows are stored."""
-        self._effects.append((function, arguments))
-
-    def _perform(self) -> None:
-        while self._effects:
-            effects, self._effects = self._effects, []
-            for function, arguments in effects:
-                function(*arguments)
-
     # ---- events --------------------------------------------------------------------------------
+    def defer(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """An effect of the event in hand on the rest of the machine: in order, after shadows are stored. That
+        it is performed twice in a row must do no harm, where a successor may have to: see commit.py."""
+        self.effects.append((function, arguments))
+
+    def touch(self, *slots: Slot) -> None:
+        """The event in hand may change these devices."""
+        for slot in slots:
+            self.touched[slot] = None
+
+    def touch_all(self) -> None:
+        """It may change any."""
+        self.touch(*self.slots.values(), *self.beside)
+
     def publish(self, slot: Slot) -> None:
-        """End an event of one device: store its shadow registers and time sources, then perform effects."""
-        if slot.shadows or slot.time_sources:
-            self.segment.storing_shadows(self.host, True)
-            self._store(slot)
-            self.segment.storing_shadows(self.host, False)
-        self._perform()
+        """An event of one device has ended, or a part of a larger one."""
+        self.touched[slot] = None
         if slot.settled:
             slot.settled()
+        if not self.grouped:
+            self.show()
+
+    def publish_all(self) -> None:
+        """One that may have changed any device."""
+        self.touch_all()
+        self.settle()
+        if not self.grouped:
+            self.show()
+
+    def settle(self) -> None:
+        """Tell those who watch the touched devices."""
+        for slot in list(self.touched):
+            if slot.settled:
+                slot.settled()
+
+    def show(self, performed: Callable[[], None] = lambda: None) -> None:
+        """Store shadow registers and time sources of what was touched, then perform the effects; ``performed``
+        is called behind each."""
+        storing = [slot for slot in self.touched if slot.shadows or slot.time_sources]
+        self.touched.clear()
+        if storing:
+            self.segment.storing_shadows(self.host, True)
+            for slot in storing:
+                self._store(slot)
+            self.segment.storing_shadows(self.host, False)
+        while self.effects:
+            effects, self.effects = self.effects, []
+            for function, arguments in effects:
+                function(*arguments)
+                performed()
 
     def _store(self, slot: Slot) -> None:
         device = slot.device
@@ -185,18 +265,7 @@ class Bus:
         for index, name in slot.time_sources:
             self.segment.set_time_source(index, *device.time_state(name))
 
-    def publish_all(self) -> None:
-        """End an event that may have changed any device."""
-        self.segment.storing_shadows(self.host, True)
-        for slot in self.slots.values():
-            if slot.shadows or slot.time_sources:
-                self._store(slot)
-        self.segment.storing_shadows(self.host, False)
-        self._perform()
-        for slot in self.slots.values():
-            if slot.settled:
-                slot.settled()
-
+    # ---- accesses ------------------------------------------------------------------------------
     def _window(self, space: int, addr: int) -> Window | None:
         if space == SPACE_PORT:
             return self._ports.get(addr)
@@ -235,7 +304,10 @@ class Bus:
     def _acknowledge(self) -> bytes:
         """INTA: the vector of the interrupt controller."""
         vector = self.inta() if self.inta else 0xFF
-        self._perform()
+        if self.pic is not None:
+            self.publish(self.pic)
+        elif not self.grouped:
+            self.show()
         return bytes([vector])
 
     def write(self, space: int, addr: int, width: int, count: int, data: bytes) -> None:
@@ -254,6 +326,7 @@ class Bus:
             for at in range(0, len(data), width):
                 item = int.from_bytes(data[at : at + width], "little")
                 device.write(offset + at, width, item, window.range_name)
+        self.touch(*window.slot.also)
         self.publish(window.slot)
 
     def post(self, space: int, addr: int, width: int, value: int) -> None:
@@ -265,6 +338,7 @@ class Bus:
         if self.trace:
             self._trace(window, offset, width, _item(value, width), write=True)
         window.slot.device.write(offset, width, value, window.range_name)
+        self.touch(*window.slot.also)
         self.publish(window.slot)
 
     def _trace(self, window: Window, offset: int, width: int, data: bytes, write: bool) -> None:

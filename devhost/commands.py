@@ -83,15 +83,7 @@ class Commands:
             raise UsageError(f"Unknown key: '{unknown[0]}'")
         if not 1 <= len(command.keys) <= MOST_KEYS:
             raise UsageError(f"{len(command.keys)} keys at once; 1 to {MOST_KEYS} are possible")
-        keyboard, clock = self._pc.keyboard, self._pc.clock
-        for key in command.keys:
-            keyboard.key_event(key, True)
-
-        def release() -> None:
-            for key in reversed(command.keys):
-                keyboard.key_event(key, False)
-
-        clock.timer(release).arm(clock.now() + command.hold_ms * NS_PER_MS)
+        self._pc.hold_keys(command.keys, self._pc.clock.now() + command.hold_ms * NS_PER_MS)
 
     def _serial_input(self, command: messages.SerialInput) -> int:
         if not 0 <= command.index < len(self._pc.uarts):

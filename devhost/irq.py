@@ -76,4 +76,6 @@ class IrqLines:
             return
         if self.pic is not None:
             self.pic.set_input(irq, bool(after))
+            if self._bus.pic is not None:
+                self._bus.touch(self._bus.pic)
         self._bus.defer(self._segment.pin_set, TIMER_PIN if irq == 0 else irq, SOURCE_ISA, bool(after))

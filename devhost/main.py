@@ -23,7 +23,7 @@ def main(config: DevhostConfig) -> None:
     try:
         service.handle = Commands(Pc(service, config.machine)).handle
     except AtollError as error:
-        service.control.notify(messages.Failed(error=str(error)))
-        service.control.flush()
+        service.channel.notify(messages.Failed(error=str(error)))
+        service.channel.flush()
         raise
     service.run()

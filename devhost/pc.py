@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import ClassVar
 
 from coordinator.contract import messages
+from coordinator.contract.clock import Clock, Timer
 from coordinator.contract.config import Machine
 from coordinator.contract.device import Device
+from coordinator.contract.drives import DrivePolicy
 from coordinator.contract.errors import RecordError
-from coordinator.contract.state import pack, unpack
+from coordinator.contract.registers import RegisterMap
+from coordinator.contract.state import Record, pack, unpack
 from devhost import post
 from devhost.a20 import KEYBOARD, PORT_92, A20Gate
 from devhost.bus import Slot
@@ -70,26 +74,86 @@ class Terminal:
         """The coordinator asks again by itself."""
 
 
+class OwnedClock:
+    """A clock whose timers say whose state they change."""
+
+    def __init__(self, clock: Clock, fires: Callable[[], None]) -> None:
+        self.clock, self._fires = clock, fires
+        self.now = clock.now
+
+    def timer(self, callback: Callable[[], None]) -> Timer:
+        def fired() -> None:
+            self._fires()
+            callback()
+
+        return self.clock.timer(fired)
+
+
+class RestRecord(Record, frozen=True, kw_only=True):
+    """Of the wiring and the host side; see ``Pc``."""
+
+    kind = "pc"
+
+    boot_order: str
+    policies: dict[str, DrivePolicy]
+    held_keys: tuple[tuple[int, tuple[str, ...]], ...]
+
+
+class Rest(Device):
+    """What is committed besides the devices, as if it were one; no guest sees it."""
+
+    kind = "pc"
+    ranges: ClassVar[dict[str, RegisterMap]] = {}
+
+    def __init__(self, pc: Pc) -> None:
+        self._pc = pc
+
+    def read(self, offset: int, width: int, range_name: str = "main") -> int:
+        raise NotImplementedError
+
+    def write(self, offset: int, width: int, value: int, range_name: str = "main") -> None:
+        raise NotImplementedError
+
+    def reset(self, hard: bool = True) -> None: ...
+
+    def save(self) -> RestRecord:
+        return self._pc.rest()
+
+    def load(self, record: Record) -> None:
+        assert isinstance(record, RestRecord)
+        self._pc.load_rest(record)
+
+
 class Pc:
     """All chips of the machine, wired. ``slots`` is every device by its name."""
 
     def __init__(self, service: Service, machine: Machine) -> None:
         self.service, self.machine = service, machine
-        self.bus, self.clock, self.segment = service.bus, service.clock, service.segment
+        self.bus, self.segment = service.bus, service.segment
+        #: for timers that may change any device
+        self.clock = OwnedClock(service.clock, self.bus.touch_all)
         self.dma = SegmentDma(self.segment, self.segment.host(service.config.index))
         self.memory = MemoryMap(self.segment)
         self.irq = IrqLines(self.bus)
         self.slots: dict[str, Slot] = {}
         #: changes of the maps are shown to the vCPUs at the end
         self._quiet = True
-        self._booted = False
+        #: boot order of this boot; None before the first one
+        self._boot_order: str | None = None
+        #: keys that are held down: (guest time at which they are released, qcodes)
+        self.held_keys: list[tuple[int, tuple[str, ...]]] = []
         self._interrupts_and_timers()
         self._inputs_and_serial()
         self._pci()
         self._firmware()
+        self._rest = Slot(Rest(self), "pc", 0)
+        self.bus.beside = (self._rest,)
         if machine.trace:
             self.bus.trace = Tracer(machine.trace, self.clock.now, service.outlet.trace)
-        self.power_on()
+        if service.commits.successor:
+            self._take_over()
+        else:
+            self.power_on()
 
     # ---- helpers ---------------------------------------------------------------------------------
     def plug(self, name: str, device: Device, *ports: tuple[int, str]) -> Slot:
@@ -99,6 +163,10 @@ class Pc:
         for base, range_name in ports:
             self.bus.map_ports(slot, base, range_name)
         return slot
+
+    def clock_of(self, *names: str) -> OwnedClock:
+        """For devices of these names: what their timers change is theirs, besides interrupt lines."""
+        return OwnedClock(self.clock.clock, lambda: self.bus.touch(*(self.slots[name] for name in names)))
 
     def memory_changed(self) -> None:
         """Let every vCPU see the memory map as it is now."""
@@ -122,21 +190,21 @@ class Pc:
 
     # ---- chips -----------------------------------------------------------------------------------
     def _interrupts_and_timers(self) -> None:
-        irq, clock, machine = self.irq, self.clock, self.machine
+        irq, clock, machine = self.irq, self.clock_of, self.machine
         self.pic = I8259(InterruptRequest(self.bus))
         irq.pic = self.pic
         self.bus.inta = self.pic.acknowledge
-        self.plug("pic", self.pic, (0x20, "master"), (0xA0, "slave"), (0x4D0, "elcr"))
+        self.bus.pic = self.plug("pic", self.pic, (0x20, "master"), (0xA0, "slave"), (0x4D0, "elcr"))
         timer, clock_tick = LegacyRoute(irq.pin(0)), LegacyRoute(irq.pin(8))
-        self.pit = I8254(clock, timer.chip)
-        self.plug("pit", self.pit, (0x40, "main"))
-        self.plug("port61", Port61(self.pit), (0x61, "main"))
+        self.pit = I8254(clock("pit"), timer.chip)
+        pit = self.plug("pit", self.pit, (0x40, "main"))
+        self.plug("port61", Port61(self.pit), (0x61, "main")).also = (pit,)
         below = min(machine.ram, LOW_RAM_LIMIT)
         presets = cmos.contents(below, machine.ram - below, machine.vcpus)
-        self.rtc = Mc146818(clock, wall_clock(machine.rtc, clock.now), clock_tick.chip, presets)
+        self.rtc = Mc146818(clock("rtc"), wall_clock(machine.rtc, self.clock.now), clock_tick.chip, presets)
         self.plug("rtc", self.rtc, (0x70, "main"))
         pins = {pin: IoapicPin(self.bus, pin) for pin in range(IOAPIC_PINS)}
-        hpet = Hpet(clock, timer.hpet, clock_tick.hpet, LegacyRoutes(timer, clock_tick), pins)
+        hpet = Hpet(clock("hpet"), timer.hpet, clock_tick.hpet, LegacyRoutes(timer, clock_tick), pins)
         slot = self.plug("hpet", hpet)
         first, count = self.bus.map_memory(slot, acpi.HPET_BASE, CHIP_PAGE)
         registers = Region(
@@ -144,21 +212,21 @@ class Pc:
         )
         self.memory.set("hpet", Layer.CHIPS, registers)
         self.memory.set("ioapic", Layer.CHIPS, Region(acpi.IOAPIC_BASE, CHIP_PAGE, IOAPIC))
-        self.pm = AcpiPm(clock, irq.pin(acpi.SCI_IRQ), self._power_off)
+        self.pm = AcpiPm(clock("acpi-pm"), irq.pin(acpi.SCI_IRQ), self._power_off)
         self.plug("acpi-pm", self.pm, (0xB2, "smi"))
         self.plug("dma", I8237(), (0x00, "first"), (0xC0, "second"), (0x80, "pages"))
 
     def _inputs_and_serial(self) -> None:
         self.a20 = A20Gate(self._a20_changed)
         self.keyboard = I8042(
-            self.clock, self.irq.pin(1), self.irq.pin(12), self.a20.pin(KEYBOARD), self._ask_reset("keyboard")
+            self.clock_of("i8042"), self.irq.pin(1), self.irq.pin(12), self.a20.pin(KEYBOARD), self._ask_reset("keyboard")
         )
         self.plug("i8042", self.keyboard, (0x60, "data"), (0x64, "command"))
         self.plug("port92", Port92(self.a20.pin(PORT_92), self._ask_reset("port92")), (0x92, "main"))
         self.uarts = []
         for index in range(self.machine.serials):
             base, irq = SERIAL_PORTS[index]
-            uart = Ns16550(self.clock, self.irq.pin(irq), Terminal(self.service, index))
+            uart = Ns16550(self.clock_of(f"serial{index}"), self.irq.pin(irq), Terminal(self.service, index))
             self.uarts.append(uart)
             self.plug(f"serial{index}", uart, (base, "main"))
         for port in DEBUG_PORTS:
@@ -182,13 +250,16 @@ class Pc:
         if self.machine.vga:
             self.display = Display(self)
             self.host.plug(2, 0, self.display.function)
+        # what the functions of the bus are the registers of
+        names = ("ide0", "ide1", "acpi-pm", "vga")
+        self.slots["pci"].also = tuple(self.slots[name] for name in names if name in self.slots)
 
     def _pm_moved(self, base: int | None) -> None:
         self.bus.move_ports(self.slots["acpi-pm"], base, "pm")
         self.ports_changed()
 
     def _firmware(self) -> None:
-        self.fw_cfg = fw_cfg.FwCfg(self.dma)
+        self.fw_cfg = fw_cfg.FwCfg(self.dma, partial(self.bus.defer, self.segment.dma_write))
         fw_cfg.describe(self.fw_cfg, self.machine)
         fw_cfg.add_acpi(self.fw_cfg, acpi.build(self.machine))
         self.plug("fw_cfg", self.fw_cfg, (FW_CFG_PORTS, "main"))
@@ -222,10 +293,13 @@ class Pc:
     def _set_boot_order(self) -> None:
         """The order of this boot: ``once`` is for the first one."""
         boot = self.machine.boot
-        order = boot.once if boot.once and not self._booted else boot.order
-        self._booted = True
+        order = boot.once if boot.once and self._boot_order is None else boot.order
         for address, value in cmos.boot_flags(order).items():
             self.rtc.cmos[address] = value
+        self._show_boot_order(order)
+
+    def _show_boot_order(self, order: str) -> None:
+        self._boot_order = order
         fw_cfg.set_boot_order(self.fw_cfg, self.machine, order)
 
     def power_on(self) -> None:
@@ -243,6 +317,48 @@ class Pc:
         self._quiet = False
         self.bus.publish_all()
         self.memory_changed()
+
+    def _take_over(self) -> None:
+        """Go on where a predecessor died, as if paused: Run is to come."""
+        for slot in self.slots.values():
+            slot.device.pause()
+        slots = [*self.slots.values(), self._rest]
+        self.service.commits.load(sorted(slots, key=lambda slot: slot.name == "pic"))
+        self.bus.show_ports()
+        self._quiet = False
+        self.memory_changed()
+        self.service.commits.resume()
+
+    def hold_keys(self, keys: tuple[str, ...], until: int) -> None:
+        """Keys go down now and are released, the last one first, at guest time ``until``."""
+        for key in keys:
+            self.keyboard.key_event(key, True)
+        self.held_keys.append((until, keys))
+        self.clock.timer(self._release_keys).arm(until)
+
+    def _release_keys(self) -> None:
+        now = self.clock.now()
+        due = [keys for until, keys in self.held_keys if until <= now]
+        self.held_keys = [held for held in self.held_keys if held[0] > now]
+        for keys in due:
+            for key in reversed(keys):
+                self.keyboard.key_event(key, False)
+
+    def rest(self) -> RestRecord:
+        """What a successor must know besides the devices."""
+        return RestRecord(
+            boot_order=self._boot_order or "",
+            policies={ident: drive.policy for ident, drive in self.drives.by_id.items()},
+            held_keys=tuple(self.held_keys),
+        )
+
+    def load_rest(self, record: RestRecord) -> None:
+        self._show_boot_order(record.boot_order)
+        for ident, policy in record.policies.items():
+            self.drives.by_id[ident].policy = policy
+        self.held_keys = list(record.held_keys)
+        for until, _ in self.held_keys:
+            self.clock.timer(self._release_keys).arm(until)
 
     def save(self) -> dict[str, bytes]:
         """The records of all devices by name; only while they are paused."""

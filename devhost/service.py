@@ -1,7 +1,7 @@
 """The event loop of a device host.
 
-One event at a time: a sync access, a posted write, a timer, a block completion, a command of the
-coordinator. Before it sleeps the host says so in the segment (``sleeping``), looks at the ring once
+One event at a time: a sync access, posted writes, due timers, block completions, a command of the
+coordinator; each ends with a commit (commit.py). Before it sleeps the host says so in the segment (``sleeping``), looks at the ring once
 more, and only then waits - vCPUs ring the doorbell only at a sleeping host, and post before they
 look, so no entry is left lying.
 
@@ -30,6 +30,9 @@ from coordinator.contract.segment import ATTN_CONTROL, Segment
 from devhost.block_backend import NbdBackend
 from devhost.block_client import BlockClient
 from devhost.bus import Bus
+from devhost.commit import Commits, Outbox
+from devhost.faults import Faults
+from devhost.faults import parse as parse_fault
 from devhost.outlet import Outlet
 
 log = logging.getLogger(__name__)
@@ -40,6 +43,8 @@ LONGEST_WAIT = 1.0
 DRAIN_SECONDS = 10.0
 #: how often it is looked whether a vCPU whose reply is kept back has been called, seconds
 LOOK_SECONDS = 0.001
+#: posted writes that end together at most
+MOST_POSTED = 256
 #: what ``handle`` returns when the answer comes later
 LATER = object()
 
@@ -58,16 +63,24 @@ class SegmentClock:
 class Service:
     """Owns the sockets and the loop; ``handle`` answers the coordinator's commands."""
 
-    def __init__(self, config: DevhostConfig, segment: Segment) -> None:
+    def __init__(self, config: DevhostConfig, segment: Segment, faults: Faults | None = None) -> None:
         self.config = config
         self.segment = segment
+        self.faults = faults or parse_fault(config.fault)
         self.clock = SegmentClock(segment)
         self.bus = Bus(segment, config.index)
+        self.bus.grouped = True
         self.ring = segment.ring(config.index)
         self.context: zmq.Context[Any] = zmq.Context()
-        self.control = Control(self.context, config.runtime, f"devhost{config.index}")
+        self.channel = Control(self.context, config.runtime, f"devhost{config.index}")
         self.router = router(self.context, bus_endpoint(config.runtime, config.index))
+        #: for notices and answers: they leave when the event in hand is committed
+        self.control = Outbox()
         self.outlet = Outlet(self.control)
+        self.commits = Commits(segment, self.bus, self.ring, self.control, self.channel, self.faults)
+        self.commits.on = config.commits
+        if config.replaces:
+            self.commits.recover()
         self.handle: Callable[[messages.AnyCommand], Any] = lambda command: None
         #: block devices of the drives, by drive id
         self.backends: dict[str, NbdBackend] = {}
@@ -81,32 +94,35 @@ class Service:
         """Connect to the block daemon's export ``ident``; the loop serves it from now on."""
         client = BlockClient(nbd_socket(self.config.runtime), ident)
         client.connect()
-        backend = self.backends[ident] = NbdBackend(client)
+        backend = self.backends[ident] = NbdBackend(client, self.faults)
         return backend
+
+    def end_event(self, vcpu: int = -1, reply: messages.BusReply | None = None) -> None:
+        """What has been done is committed and shown; ``reply`` may be sent after this."""
+        self.outlet.flush()
+        self.commits.end(vcpu, reply)
 
     # ---- the loop --------------------------------------------------------------------------------
     def run(self) -> None:
         """Serve until Quit."""
-        sockets = (self.router, self.control.socket)
+        sockets = (self.router, self.channel.socket)
         fixed = [self.config.doorbell_fd, *(socket.fileno() for socket in sockets)]
-        self.control.hello()
+        self.end_event()  # the state at power-on, or the end of taking over
+        self.channel.hello()
         while self._running:
             busy = self._serve_bus()
-            busy |= self._apply_posted(None)
+            busy |= self._serve_posted()
             busy |= self._fire_timers()
             if self._kept:
                 self._release_called()
-            if not busy:
-                # before the control socket is read to its end, since sending can swallow its edge
-                self.outlet.flush()
+            # last, since sending can swallow the edge of the control socket
             busy |= self._serve_control()
             self._wait(fixed, 0.0 if busy else self._idle())
         self.close()
 
     def close(self) -> None:
-        """Let what is queued leave, and give the sockets up."""
-        self.outlet.flush()
-        self.control.flush()
+        """Give the sockets up."""
+        self.channel.flush()
         self.router.close()
         self.context.term()
 
@@ -124,6 +140,8 @@ class Service:
             elif fd == self.config.doorbell_fd:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(fd)
+        if self.bus.touched:
+            self.end_event()
 
     def drain(self, done: Callable[[], bool]) -> None:
         """Serve block devices alone until ``done``; IslandError when that takes too long."""
@@ -151,19 +169,28 @@ class Service:
         now = self.clock.now()
         if deadline > now:
             return False
+        self.faults.at("received")
         self._counters.timer_fires += self.clock.wheel.fire(now)
-        self.bus.publish_all()
+        self.bus.settle()
+        self.end_event()
         return True
 
-    def _apply_posted(self, upto: int | None) -> bool:
-        """Apply posted writes in ticket order: all that are whole, or all below ticket ``upto``."""
-        worked = False
-        while (entry := self.ring.take(upto)) is not None:
+    def _serve_posted(self) -> bool:
+        """An event of the posted writes that are whole."""
+        if not self.ring.pending():
+            return False
+        self.faults.at("received")
+        self._apply_posted(None)
+        self.end_event()
+        return True
+
+    def _apply_posted(self, upto: int | None) -> None:
+        """Apply posted writes in ticket order: what is whole, or all below ticket ``upto``."""
+        taken = 0
+        while (upto is not None or taken < MOST_POSTED) and (entry := self.ring.take(upto)) is not None:
             space, addr, width, value = entry
             self.bus.post(space, addr, width, value)
-            self.ring.applied()
-            worked = True
-        return worked
+            taken += 1
 
     def _serve_bus(self) -> bool:
         worked = False
@@ -182,12 +209,21 @@ class Service:
             except MessageError as error:
                 log.error("bus: %s", error)
                 continue
-            reply = encode(self._access(request))
-            if self._keep_reply:
-                self._keep_reply = False
-                self._kept.append((frames[0], request.vcpu, reply))
-            else:
-                self._reply(frames[0], reply)
+            self._serve_request(frames[0], request)
+
+    def _serve_request(self, vcpu: bytes, request: messages.BusRequest) -> None:
+        self.faults.at("received")
+        if (again := self.commits.reply_again(request)) is not None:
+            self._reply(vcpu, encode(again))
+            return
+        reply = self._access(request)
+        self.end_event(request.vcpu, None if reply.hold else reply)
+        if self._keep_reply:
+            self._keep_reply = False
+            self._kept.append((vcpu, request.vcpu, encode(reply)))
+        else:
+            self._reply(vcpu, encode(reply))
+        self.faults.at("replied")
 
     def _reply(self, vcpu: bytes, reply: bytes) -> None:
         try:
@@ -235,24 +271,33 @@ class Service:
         worked = False
         while True:
             try:
-                command = self.control.receive()
+                command = self.channel.receive()
             except MessageError as error:
                 log.error("control: %s", error)
                 continue
             if command is None:
                 return worked
             worked = True
-            self._apply_posted(None)  # what vCPUs wrote before they stopped comes before the command
-            if isinstance(command, messages.Quit):
-                self._running = False
-                self.outlet.flush()
-                self.control.answer(command)
+            if command.serial not in self.commits.done:  # else its answer is in the output ring
+                self.faults.at("received")
+                self._obey(command)
+                self.end_event()
+                self.faults.at("replied")
+            if not self._running:
                 return True
-            try:
-                value = self.handle(command)
-            except AtollError as error:
-                self.control.answer(command, error=str(error))
-            else:
-                if value is not LATER:
-                    self.control.answer(command, value)
-            self.bus.publish_all()
+
+    def _obey(self, command: messages.AnyCommand) -> None:
+        while self.ring.pending():  # what vCPUs wrote before they stopped comes before the command
+            self._apply_posted(None)
+        if isinstance(command, messages.Quit):
+            self._running = False
+            self.control.answer(command)
+            return
+        try:
+            value = self.handle(command)
+        except AtollError as error:
+            self.control.answer(command, error=str(error))
+        else:
+            if value is not LATER:
+                self.control.answer(command, value)
+        self.bus.publish_all()

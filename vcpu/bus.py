@@ -10,22 +10,30 @@ from coordinator.contract import messages
 from coordinator.contract.codec import encode
 from coordinator.contract.config import bus_endpoint
 from coordinator.contract.island import dealer
+from coordinator.contract.segment import Segment
 from vcpu._core import ffi
 
-#: how often a vCPU that waits for a reply looks whether it is told to quit, ms
-LOOK_MS = 250
+#: how often a vCPU that waits for a reply looks whether it is told to quit, and whether another process has
+#: taken the device host's place, ms
+LOOK_MS = 2
 
 
 class BusClient:
     """One DEALER a device host, and at most one request open."""
 
-    def __init__(self, context: zmq.Context[Any], runtime: str, index: int, hosts: int) -> None:
+    def __init__(
+        self, context: zmq.Context[Any], runtime: str, index: int, hosts: int, segment: Segment
+    ) -> None:
         self.index = index
+        self._blocks = [segment.host(host) for host in range(hosts)]
         name = b"vcpu%d" % index
         self._sockets = [dealer(context, bus_endpoint(runtime, host), name) for host in range(hosts)]
         for socket in self._sockets:
             socket.set(zmq.RCVTIMEO, LOOK_MS)
         self._serial = 0
+        self._frame = b""
+        #: of the device host that was asked
+        self._generation = 0
 
     def send(self, io: Any) -> int:
         """Send what ``struct io_request *`` asks for; returns the request's serial."""
@@ -35,8 +43,19 @@ class BusClient:
             serial=self._serial, vcpu=self.index, ticket=io.ticket, space=io.space, device=io.device,
             addr=io.addr, width=io.width, count=io.count, write=bool(io.write), data=data,
         )
-        self._sockets[io.host].send(encode(request))
+        self._frame = encode(request)
+        # before it is sent: a host that comes later than this has not got it, for all we know
+        self._generation = self._blocks[io.host].generation
+        self._sockets[io.host].send(self._frame)
         return self._serial
+
+    def ask_again(self, io: Any) -> None:
+        """Send the open request once more where another process is the device host by now. It knows by the
+        serial whether the request has been done."""
+        generation = self._blocks[io.host].generation
+        if generation != self._generation:
+            self._generation = generation
+            self._sockets[io.host].send(self._frame)
 
     def receive(self, io: Any, serial: int) -> messages.BusReply | None:
         """The reply to request ``serial``; None when none came within LOOK_MS."""

@@ -41,7 +41,8 @@ class Vcpu:
         self.index = config.index
         self.context: zmq.Context[Any] = zmq.Context()
         self.control = island.Control(self.context, config.runtime, f"vcpu{config.index}")
-        self.bus = BusClient(self.context, config.runtime, config.index, len(config.doorbell_fds))
+        hosts = len(config.doorbell_fds)
+        self.bus = BusClient(self.context, config.runtime, config.index, hosts, self.segment)
         self.core = Core(config.segment_fd, config.index, self._sync_access, config.doorbell_fds)
         self.core.block.pid = os.getpid()
         self.core.block.os_tid = threading.get_native_id()
@@ -90,7 +91,8 @@ class Vcpu:
         serial = self.bus.send(io)
         while True:
             reply = self.bus.receive(io, serial)
-            if reply is None:  # slow; a host that is gone takes the whole machine along
+            if reply is None:  # slow, or gone: then its successor is asked
+                self.bus.ask_again(io)
                 self._receive()
                 if any(isinstance(command, messages.Quit) for command in self._commands):
                     self.core.leave()

@@ -11,7 +11,7 @@ from cffi import FFI
 FOLDER = Path(__file__).resolve().parent
 #: layout, then prototypes: what cffi parses
 DECLARATIONS = ("segment.h", "fabric.h")
-SOURCES = ("timebase.c", "attention.c", "map.c", "memory.c", "ring.c", "fabric.c", "ioapic.c")
+SOURCES = ("timebase.c", "attention.c", "map.c", "memory.c", "ring.c", "state.c", "fabric.c", "ioapic.c")
 
 
 def declarations(folder: Path = FOLDER, names: tuple[str, ...] = DECLARATIONS) -> str:

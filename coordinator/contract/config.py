@@ -151,6 +151,12 @@ class DevhostConfig(msgspec.Struct, frozen=True):
     doorbell_fd: int
     machine: Machine
     log: str | None = None
+    #: another process has been this host, and has died
+    replaces: bool = False
+    #: False: nothing is committed, for measurements; nobody can take over then
+    commits: bool = True
+    #: for experiments: where to die, see devhost/faults.py
+    fault: str = ""
 
 
 class Export(msgspec.Struct, frozen=True):

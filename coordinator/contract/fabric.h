@@ -3,7 +3,7 @@
  * code events, interrupts. Prototypes and integer constants only: C includes this text, cffi parses it.
  * `seg` is the address at which the segment is mapped. No function here blocks on another process for
  * longer than that process holds a lock word, except seg_map_publish() and the *_wait() functions.
- * Sources: timebase.c attention.c map.c memory.c ring.c fabric.c ioapic.c
+ * Sources: timebase.c attention.c map.c memory.c ring.c state.c fabric.c ioapic.c
  */
 #pragma once
 
@@ -82,6 +82,23 @@ void ring_awake(struct seg_header *seg, uint32_t host);
 void ring_storing(struct seg_header *seg, uint32_t host, int storing);
 /* Whether the host is in between: then a shadow must not be read. Asked before the shadow is loaded. */
 int ring_stores(const struct seg_header *seg, uint32_t host);
+
+/* ---- committed state and output of a device host (state.c) ---- */
+/* The slot of this name, made where there is none: its number, or -1: no room, or the slot is smaller. */
+int state_slot(struct seg_header *seg, uint32_t host, const char *name, uint64_t room);
+/* n bytes that become the slot's record with the next commit. 0, or -1: too long. */
+int state_put(struct seg_header *seg, uint32_t host, int slot, const void *data, uint64_t n);
+void state_commit(struct seg_header *seg, uint32_t host);
+/* For a successor, before anything else: what was put and not committed is void. Returns the number of commits. */
+uint64_t state_recover(struct seg_header *seg, uint32_t host);
+/* The committed record and its length; NULL: there is none. */
+const void *state_get(const struct seg_header *seg, uint32_t host, int slot, uint64_t *n);
+/* A frame at byte `at` of the output ring, which nobody sees before output_show(). 1, or 0: no room yet. */
+int output_put(struct seg_header *seg, uint32_t host, uint64_t at, const void *frame, uint32_t n);
+/* Bytes below `head` may be read. 1: the coordinator has read all that was there, and is to be told. */
+int output_show(struct seg_header *seg, uint32_t host, uint64_t head);
+/* The coordinator: length of the next frame and, in *frame (room for SEG_OUTPUT_ROOM bytes), its bytes; -1: none. */
+int64_t output_take(struct seg_header *seg, uint32_t host, void *frame);
 
 /* ---- interrupts (fabric.c, ioapic.c) ---- */
 #define DELIVER_FIXED 0

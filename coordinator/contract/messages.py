@@ -19,7 +19,7 @@ from coordinator.contract.config import Drive, Export
 from coordinator.contract.drives import DrivePhase
 
 #: raised with every change of a message; islands of another protocol are refused at Hello
-PROTOCOL = 1
+PROTOCOL = 2
 
 SPACE_PORT = 0
 SPACE_MEMORY = 1
@@ -415,6 +415,11 @@ class Answer(msgspec.Struct, frozen=True, tag="answer"):
     error: str | None = None
 
 
+class OutputReady(msgspec.Struct, frozen=True, tag="output"):
+    """Device host: frames are waiting in its output ring (state.c). All its notices but this one, Hello and
+    Failed, and its answers unless they are very large, travel there, so that they outlive it."""
+
+
 class GuestReset(msgspec.Struct, frozen=True, tag="guestreset"):
     """The guest asked for a reset; ``reason`` is QEMU's word ("guest-reset") or a port's name."""
 
@@ -485,6 +490,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 AnyNotice = (
     Hello
     | Answer
+    | OutputReady
     | GuestReset
     | GuestShutdown
     | SerialOutput

@@ -44,9 +44,10 @@ class Ring:
         return entry.space, entry.addr, entry.width, entry.value
 
     def applied(self) -> None:
-        """Everything taken so far has been applied, and its shadows are stored."""
-        self._block.posted_served += 1
-        lib.ring_applied(self._header, self._host, self.ticket)
+        """Everything taken so far has been applied and committed, and its shadows are stored."""
+        if self._block.applied != self.ticket:
+            self._block.posted_served += self.ticket - self._block.applied
+            lib.ring_applied(self._header, self._host, self.ticket)
 
     def pending(self) -> bool:
         """Whether the next entry is whole."""

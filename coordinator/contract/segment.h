@@ -12,7 +12,7 @@
 #pragma once
 
 #define SEG_MAGIC 0x4c4c4f5441 /* "ATOLL" */
-#define SEG_LAYOUT 1
+#define SEG_LAYOUT 2
 
 #define SEG_PAGE 4096
 #define SEG_MAX_VCPUS 32
@@ -27,6 +27,9 @@
 #define SEG_MAX_TIME_SOURCES 8
 #define SEG_RING_SLOTS 4096    /* posted entries a device host */
 #define SEG_CODE_SLOTS 4096    /* code-write events */
+#define SEG_STATE_SLOTS 128    /* committed records a device host */
+#define SEG_STATE_ROOM 0x800000  /* bytes for them; what is never written takes no memory */
+#define SEG_OUTPUT_ROOM 0x100000 /* bytes of a device host's output ring; a power of two */
 #define SEG_PAGE_LOCKS 1024
 #define SEG_PORTS 65536
 #define SEG_IOAPIC_PINS 24
@@ -227,11 +230,30 @@ struct host_block {              /* one a device host */
     uint64_t applied;            /* the host: every ticket below it is applied (release) */
     uint32_t sleeping;           /* the host: 1 before it polls; the doorbell eventfd is written only then */
     uint32_t storing;            /* the host: 1 while it stores the shadows of an event (seq_cst); reads of its shadows are sync then */
-    uint32_t pid, pad;
+    uint32_t pid;
+    uint32_t generation;         /* the coordinator: raised when another process has taken over; vCPUs ask again (atomic) */
     uint64_t hazard[SEG_MAX_HAZARDS]; /* ticket + 1 of the newest posted write of the group: vCPUs, atomic max */
     uint64_t sync_served, posted_served, timer_fires, dma_bytes; /* the host, relaxed */
     uint64_t roundtrips[64];     /* sync accesses served by device */
+    uint64_t effects_done;       /* the host: effects performed since power-on, stored after each (release) */
+    uint64_t output_head;        /* the host: bytes of the output ring that are committed (seq_cst) */
+    uint64_t output_tail;        /* the coordinator: bytes that it has read (seq_cst) */
     struct posted_entry ring[SEG_RING_SLOTS];
+};
+
+/* ---- committed state (state.c): one area a device host. Writer: the host; read by its successor, never beside it ---- */
+struct state_slot {              /* a record, in two halves of `room` bytes each from `offset` (in the area) on */
+    uint8_t name[SEG_NAME_LEN];
+    uint64_t offset, room;
+    uint64_t stamp[2];           /* number of the commit that made this half valid; 0 = none */
+    uint64_t length[2];
+};
+
+struct state_area {
+    uint64_t seq;                /* commits so far: the commit word (release) */
+    uint64_t used;               /* bytes of the area that slots have */
+    uint32_t slots, pad;         /* (release) */
+    struct state_slot slot[SEG_STATE_SLOTS];
 };
 
 /* ---- interrupt fabric ---- */
@@ -284,6 +306,7 @@ struct seg_header {
     uint64_t shadow_offset;      /* uint64_t[SEG_MAX_SHADOWS]: device host, atomic release */
     uint64_t maps_offset;        /* struct memory_map[2] */
     uint64_t fabric_offset, code_offset;
+    uint64_t state_offset, state_stride; /* struct state_area by device host, then its output ring: SEG_OUTPUT_ROOM bytes */
     uint64_t dirty_offset;       /* uint8_t a page: 1 = written since last cleared */
     uint64_t code_mask_offset;   /* uint64_t a page: bit l = the 64-byte line l holds translated code */
     uint64_t guest;              /* first byte of guest memory = RAM */

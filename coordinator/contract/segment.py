@@ -19,6 +19,7 @@ import numpy.typing as npt
 from coordinator.contract._segment import ffi, lib
 from coordinator.contract.errors import SegmentError
 from coordinator.contract.ring import Ring
+from coordinator.contract.state_area import Output, StateArea
 
 PAGE: int = lib.SEG_PAGE
 NO_OFFSET: int = lib.SEG_NO_OFFSET
@@ -63,6 +64,7 @@ def _layout(vcpus: int, ram: int, vram: int, rom: int) -> dict[str, int]:
     pages = (ram + vram + rom) // PAGE
     stride = 65536  # struct cpu maps the block at the front of a reservation of this size (vcpu/core/cpu.h)
     host_stride = _pages(ffi.sizeof("struct host_block"))
+    state_stride = lib.SEG_STATE_ROOM + lib.SEG_OUTPUT_ROOM
     parts = (
         ("vcpu_offset", stride * vcpus),
         ("host_offset", host_stride * lib.SEG_MAX_HOSTS),
@@ -72,11 +74,14 @@ def _layout(vcpus: int, ram: int, vram: int, rom: int) -> dict[str, int]:
         ("maps_offset", 2 * ffi.sizeof("struct memory_map")),
         ("fabric_offset", ffi.sizeof("struct fabric")),
         ("code_offset", ffi.sizeof("struct code_log")),
+        ("state_offset", state_stride * lib.SEG_MAX_HOSTS),
         ("dirty_offset", pages),
         ("code_mask_offset", 8 * pages),
         ("guest", ram + vram + rom),
     )
-    layout = {"vcpu_stride": stride, "host_stride": host_stride, "guest_pages": pages}
+    layout = {
+        "vcpu_stride": stride, "host_stride": host_stride, "state_stride": state_stride, "guest_pages": pages
+    }  # fmt: skip
     at = _pages(ffi.sizeof("struct seg_header"))
     for name, size in parts:
         layout[name] = at
@@ -207,6 +212,14 @@ class Segment:
             raise IndexError(f"device host {index}")
         return self._at("struct host_block *", self.header.host_offset + self.header.host_stride * index)
 
+    def state(self, host: int) -> StateArea:
+        """The committed state of a device host."""
+        return StateArea(self.header, host)
+
+    def output(self, host: int) -> Output:
+        """What a device host has for the coordinator."""
+        return Output(self.header, host)
+
     def ring(self, host: int) -> Ring:
         """The posted ring of a device host, from the host's end."""
         return Ring(self.header, host)
@@ -219,6 +232,11 @@ class Segment:
     def ports(self) -> Any:
         """``uint16_t[]``: register descriptor of each port, 0 = unclaimed."""
         return self._at("uint16_t *", self.header.ports_offset)
+
+    @property
+    def port_map(self) -> npt.NDArray[np.uint16]:
+        """The same as an array."""
+        return self.view(int(self.header.ports_offset), 2 * lib.SEG_PORTS).view(np.uint16)
 
     @property
     def regs(self) -> Any:

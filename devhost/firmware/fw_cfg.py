@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import struct
 import uuid
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from coordinator.contract.config import Machine, Media
 from coordinator.contract.device import Device, Dma
@@ -57,8 +58,11 @@ class FwCfg(Device):
         )
     }
 
-    def __init__(self, dma: Dma) -> None:
+    def __init__(self, dma: Dma, report: Callable[[int, bytes], None] | None = None) -> None:
+        """``report(gpa, bytes)`` stores the result of a transfer; by default at once. A device host may have to run
+        a transfer again, until it is committed, so it overwrites the descriptor only after that."""
         self._dma = dma
+        self._report: Callable[[int, bytes], Any] = report or dma.write
         self.items: dict[int, bytes] = {
             SIGNATURE: b"QEMU",
             ID: struct.pack("<I", VERSION_TRADITIONAL | VERSION_DMA),
@@ -122,7 +126,7 @@ class FwCfg(Device):
             error = DMA_ERROR
         elif control & DMA_SKIP:
             self.offset = min(self.offset + length, len(self.items.get(self.key, b"")))
-        self._dma.write(descriptor, struct.pack(">I", error))
+        self._report(descriptor, struct.pack(">I", error))
 
     def _copy_out(self, address: int, length: int) -> None:
         """Item bytes, then zeros; in pieces, since ``length`` is the guest's word."""

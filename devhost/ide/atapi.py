@@ -350,6 +350,10 @@ class AtapiDrive(Drive):
             self.check(sense.NO_SEEK_COMPLETE)
 
     def save(self) -> AtapiState | OldAtapiState:
+        state = self.whole()
+        return old_record.older(state) if self.policy.stream is Stream.V0 else state
+
+    def whole(self) -> AtapiState:
         unit = UnitState(
             sense=SenseState(**self.sense._asdict()),
             attention=tuple(self.attention),
@@ -361,7 +365,7 @@ class AtapiDrive(Drive):
             current_lba=self.current_lba,
             transfer_mode=self.transfer_mode,
         )
-        state = AtapiState(
+        return AtapiState(
             **self.save_common(),
             unit=unit,
             packet=bytes(self.packet),
@@ -369,7 +373,6 @@ class AtapiDrive(Drive):
             byte_limit=self.byte_limit,
             shape=self.shape,
         )
-        return old_record.older(state) if self.policy.stream is Stream.V0 else state
 
     def load(self, blob: bytes) -> None:
         record: RegisterState = unpack_any(blob, AtapiState, OldAtapiState)

@@ -23,6 +23,7 @@ from devhost.ide import registers as reg
 from devhost.ide.atapi import DEVICE_RESET, AtapiDrive
 from devhost.ide.busmaster import BusMaster, Cursor
 from devhost.ide.drive import Drive
+from devhost.ide.phases import MAX_BUFFER
 from devhost.ide.records import BusMasterState, ChannelRecord
 
 EXECUTE_DEVICE_DIAGNOSTIC = 0x90
@@ -92,6 +93,9 @@ class IdeChannel(Device):
         "control": CONTROL_BLOCK,
         "busmaster": BUS_MASTER,
     }
+
+    #: two drives with the largest buffers (phases.py) and their registers
+    record_room: ClassVar[int] = 2 * MAX_BUFFER + (32 << 10)
 
     def __init__(
         self,
@@ -306,8 +310,13 @@ class IdeChannel(Device):
             drive.resume()
 
     def save(self) -> ChannelRecord:
+        return self._record(*(pack(drive.save()) if drive is not None else None for drive in self.drives))
+
+    def checkpoint(self) -> ChannelRecord:
+        return self._record(*(pack(drive.whole()) if drive is not None else None for drive in self.drives))
+
+    def _record(self, first: bytes | None, second: bytes | None) -> ChannelRecord:
         master, cursor = self.master, self.master.cursor
-        first, second = (pack(drive.save()) if drive is not None else None for drive in self.drives)
         return ChannelRecord(
             control=self.control,
             selected=self.selected,

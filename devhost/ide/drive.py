@@ -474,6 +474,10 @@ class Drive(ABC):
     def save(self) -> Record:
         """In the version that ``policy`` asks for; RecordError where that cannot hold the command."""
 
+    def whole(self) -> Record:
+        """With all of the command, whatever ``policy`` says."""
+        return self.save()
+
     @abstractmethod
     def load(self, blob: bytes) -> None:
         """Take over a packed record."""

@@ -56,6 +56,7 @@ class Host:
         #: of the reply to the access in hand
         self.kept = False
         self.outlet = Outlet(self.control)
+        self.commits = SimpleNamespace(successor=False)
         self.backends: dict[str, Disk] = {}
 
     def open_block_device(self, ident: str) -> Disk:

@@ -53,6 +53,7 @@ class Coordinator:
             vm="test", index=0, runtime=str(folder), parent=os.getpid(), machine=machine,
             segment_fd=self.segment.fd, doorbell_fd=self.doorbell,
         )  # fmt: skip
+        self.output = self.segment.output(0)
         self.service = Service(config, self.segment)
         self.pc = Pc(self.service, machine)
         self.service.handle = Commands(self.pc).handle
@@ -85,7 +86,8 @@ class Coordinator:
                     return notice
             role, frame = self.control.recv_multipart()
             assert role == ROLE
-            self.notices.append(messages.notices.decode(frame))
+            for waiting in (*self.output.take(), frame):
+                self.notices.append(messages.notices.decode(waiting))
 
     def ask(self, kind: type[messages.Command], **fields: Any) -> messages.Answer:
         self.serial += 1

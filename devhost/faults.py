@@ -1,0 +1,54 @@
+"""Named steps of an event at which a device host can be made to die, for experiments and tests.
+
+The object is handed in; a host that has no experiment has one that does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+
+from coordinator.contract.errors import ConfigError
+
+#: in the order in which an event passes them
+POINTS = (
+    "received",  # an access, posted writes, a due timer, completions or a command is in hand
+    "block-sent",  # a block request has been made
+    "block-answered",  # completions have come, and no drive has been told
+    "applied",  # the devices have changed
+    "committed",  # the change is the state from now on; nobody outside has seen it
+    "shown",  # shadows are stored, effects performed, posted writes count as applied
+    "replied",  # the vCPU or the coordinator has its answer
+)
+
+
+class Faults:
+    """No fault at all."""
+
+    def at(self, point: str) -> None:
+        """The work has come to ``point``."""
+
+
+@dataclass
+class Kill(Faults):
+    """Die by SIGKILL when ``point`` is passed for the ``nth`` time."""
+
+    point: str
+    nth: int = 1
+
+    def at(self, point: str) -> None:
+        if point == self.point:
+            self.nth -= 1
+            if self.nth == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def parse(text: str) -> Faults:
+    """POINT or POINT:NTH, empty for none; ConfigError names what there is."""
+    if not text:
+        return Faults()
+    point, _, nth = text.partition(":")
+    if point not in POINTS or (nth and not (nth.isascii() and nth.isdigit() and int(nth))):
+        raise ConfigError(f"fault {text}: is not POINT:NTH with a point of {', '.join(POINTS)}")
+    return Kill(point, int(nth or 1))
