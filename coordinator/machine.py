@@ -36,9 +36,11 @@ from coordinator.contract.config import (
 from coordinator.contract.errors import IslandError, MessageError
 from coordinator.contract.island import router
 from coordinator.contract.segment import Segment
+from coordinator.contract.state_area import Output
 from coordinator.islands import Island
 from coordinator.jobs import Jobs
 from coordinator.policy import Options
+from coordinator.succession import Succession
 
 log = logging.getLogger(__name__)
 #: what -trace asked for
@@ -115,7 +117,10 @@ class Vm:
         self.islands: dict[str, Island] = {}
         self._loader = loader
         self._hello: dict[str, asyncio.Event] = {}
-        self._open: dict[int, tuple[str, asyncio.Future[Any]]] = {}
+        self._open: dict[int, tuple[str, asyncio.Future[Any], messages.Command]] = {}
+        self.succession = Succession(self)
+        #: guest time would run, but for device hosts that are being replaced
+        self._time_runs = False
         self._serial = itertools.count(1)
         self._lock = asyncio.Lock()
         #: held while media are being exchanged
@@ -132,6 +137,7 @@ class Vm:
         self._context: zmq.Context[Any] = zmq.Context()
         self._socket: zmq.asyncio.Socket | None = None
         self._doorbells: list[int] = []
+        self._outputs: dict[str, Output] = {}
         self._expected_exit = False
 
     # ---- start ---------------------------------------------------------------------------------
@@ -146,6 +152,7 @@ class Vm:
             tsc_khz=machine.tsc_khz,
         )
         self._doorbells = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)]
+        self._outputs = {role: self.segment.output(i) for i, role in enumerate(self.hosts)}
         plain = router(self._context, control_endpoint(str(self.folder)))
         self._socket = zmq.asyncio.Socket.shadow(plain)
         self.spawn(self._receive())
@@ -177,16 +184,7 @@ class Vm:
         incoming = self.options.incoming is not None
         exports = tuple(export_of(d, incoming) for d in machine.drives if d.file is not None)
         self._island("blockd", "blockd.main", BlockdConfig, exports=exports, uuid=machine.uuid, **common)
-        self._island(
-            "devhost0",
-            "devhost.main",
-            DevhostConfig,
-            index=0,
-            machine=machine,
-            segment_fd=segment.fd,
-            doorbell_fd=self._doorbells[0],
-            **common,
-        )
+        self._start_host(0)
         for i in range(machine.vcpus):
             self._island(
                 f"vcpu{i}",
@@ -204,6 +202,22 @@ class Vm:
         island = Island(role, module, config(log=str(log_file), **fields), log_file)
         self.islands[role] = island
         asyncio.get_running_loop().add_reader(island.pidfd, self._died, role)
+
+    def _start_host(self, index: int, replaces: bool = False) -> None:
+        assert self.segment is not None
+        self._island(
+            f"devhost{index}",
+            "devhost.main",
+            DevhostConfig,
+            index=index,
+            machine=self.machine,
+            segment_fd=self.segment.fd,
+            doorbell_fd=self._doorbells[index],
+            replaces=replaces,
+            vm=self.machine.name,
+            runtime=str(self.folder),
+            parent=os.getpid(),
+        )
 
     async def _wait_for_hellos(self) -> None:
         deadline = asyncio.get_running_loop().time() + START_SECONDS
@@ -242,16 +256,30 @@ class Vm:
         """Send a command and wait for its answer; IslandError carries the island's error text."""
         assert self._socket is not None
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._open[command.serial] = (role, future)
+        self._open[command.serial] = (role, future, command)
         try:
-            await self._socket.send_multipart((role.encode(), encode(command)))
+            await self.send(role, command)
             if role.startswith("vcpu") and self.segment is not None:
                 self.segment.call(int(role[4:]))
             return await future
-        except zmq.ZMQError as error:
-            raise IslandError(f"{role} cannot be reached: {error}") from None
         finally:
             self._open.pop(command.serial, None)
+
+    async def send(self, role: str, command: messages.Command) -> None:
+        """To a device host that is not there it is sent when there is another one."""
+        assert self._socket is not None
+        self.succession.sent(role, command)
+        if role in self.succession.vacant:
+            return
+        try:
+            await self._socket.send_multipart((role.encode(), encode(command)))
+        except zmq.ZMQError as error:
+            if role not in self.hosts:
+                raise IslandError(f"{role} cannot be reached: {error}") from None
+
+    def open_commands(self, role: str) -> list[messages.Command]:
+        """Those that an island has not answered, oldest first."""
+        return [command for _, (to, _, command) in sorted(self._open.items()) if to == role]
 
     async def _all(self, roles: list[str], kind: type[messages.Command]) -> None:
         await asyncio.gather(*(self.command(role, kind(serial=self.next_serial())) for role in roles))
@@ -270,6 +298,7 @@ class Vm:
         while True:
             identity, frame = await self._socket.recv_multipart()
             role = identity.decode(errors="replace")
+            self.drain_output(role)
             try:
                 notice = messages.notices.decode(frame)
             except MessageError as error:
@@ -277,10 +306,19 @@ class Vm:
                 continue
             self._handle(role, notice)
 
+    def drain_output(self, role: str) -> None:
+        """What a device host has in its output ring."""
+        if role in self._outputs:
+            for frame in self._outputs[role].take():
+                try:
+                    self._handle(role, messages.notices.decode(frame))
+                except MessageError as error:
+                    log.error("from %s: %s", role, error)
+
     def _handle(self, role: str, notice: Notice) -> None:
         match notice:
             case messages.Answer(serial=serial, value=value, error=error):
-                _, future = self._open.get(serial, (role, None))
+                _, future, _ = self._open.get(serial, (role, None, None))
                 if future is not None and not future.done():
                     if error is None:
                         future.set_result(value)
@@ -295,6 +333,8 @@ class Vm:
                     )
                 elif role in self._hello:
                     self._hello[role].set()
+            case messages.OutputReady():
+                pass  # it has been drained before
             case messages.SerialOutput(index=index, data=data):
                 self.on_serial(index, data)
             case messages.DebugOutput(port=port, data=data):
@@ -334,10 +374,20 @@ class Vm:
     # ---- life and death ------------------------------------------------------------------------
     def _died(self, role: str) -> None:
         asyncio.get_running_loop().remove_reader(self.islands[role].pidfd)
-        if not self._expected_exit:
-            self.spawn(self._mourn(role))
+        if not self._expected_exit and not self.succession.died(role):
+            self.spawn(self.mourn(role))
 
-    async def _mourn(self, role: str) -> None:
+    @property
+    def serves(self) -> bool:
+        """All islands are there, or have been, and are to stay."""
+        return self._started.is_set() and not self._expected_exit and not self.ending.done()
+
+    async def start_successor(self, role: str) -> asyncio.Event:
+        """Another process in a device host's place; the event is its hello."""
+        self._start_host(int(role.removeprefix("devhost")), replaces=True)
+        return self._hello[role]
+
+    async def mourn(self, role: str) -> None:
         """An island has died: end the run with its name, state and log, unless it said why itself."""
         await asyncio.wait({self.ending}, timeout=LAST_NOTICE_SECONDS)
         if not self.ending.done():
@@ -346,7 +396,7 @@ class Vm:
 
     def end(self, ending: Ending) -> None:
         """Let the run end for this reason; the first one counts."""
-        for _, future in self._open.values():
+        for _, future, _ in self._open.values():
             if not future.done():
                 future.set_exception(IslandError(ending.error or "the machine has ended"))
         if not self.ending.done():
@@ -396,12 +446,23 @@ class Vm:
             if not self.ending.done():
                 await self._resume()
             raise
-        self.segment.stop_time()
+        self._let_time(False)
 
     async def _run(self) -> None:
-        assert self.segment is not None
-        self.segment.start_time()
+        self._let_time(True)
         await self._resume()
+
+    def _let_time(self, run: bool) -> None:
+        self._time_runs = run
+        self.show_time()
+
+    def show_time(self) -> None:
+        """Guest time runs if it is to, and while no device host is being replaced."""
+        assert self.segment is not None
+        if self._time_runs and not self.succession.vacant:
+            self.segment.start_time()
+        else:
+            self.segment.stop_time()
 
     async def _resume(self) -> None:
         await self._all(self.hosts, messages.Run)

@@ -19,6 +19,12 @@ class StateArea:
         self._header, self._host = header, host
         self._length = ffi.new("uint64_t *")
 
+    @property
+    def commits(self) -> int:
+        """How many there have been."""
+        offset = self._header.state_offset + self._header.state_stride * self._host
+        return int(ffi.cast("struct state_area *", ffi.cast("char *", self._header) + offset).seq)
+
     def slot(self, name: str, room: int) -> int:
         """The slot of record ``name``, which is up to ``room`` bytes; SegmentError where there is no room."""
         slot = int(lib.state_slot(self._header, self._host, name.encode(), room))

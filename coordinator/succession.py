@@ -1,0 +1,119 @@
+"""A device host that has died is replaced by another process, and the guest does not notice.
+
+Guest time stops at once. The successor attaches to the segment, takes over what its predecessor has committed
+(devhost/commit.py) and says hello; it gets the commands again that are open, Run first where the guest runs. Then
+the host's generation is raised, which lets vCPUs ask again, and guest time goes on.
+
+One that dies ``MOST_DEATHS`` times without having committed anything in between would do so for ever: it takes the
+machine along.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from coordinator.contract import messages
+from coordinator.contract.errors import IslandError
+
+if TYPE_CHECKING:
+    from coordinator.machine import Vm
+
+log = logging.getLogger(__name__)
+
+MOST_DEATHS = 3
+#: how long a successor may take to say hello, seconds
+HELLO_SECONDS = 60.0
+
+
+class Succession:
+    """Of the device hosts of one machine."""
+
+    def __init__(self, vm: Vm) -> None:
+        self._vm = vm
+        #: roles without a process that serves; set when the one that is starting has died, too
+        self.vacant: dict[str, asyncio.Event] = {}
+        #: replacements so far, by role
+        self.restarts: dict[str, int] = {}
+        #: (commits, deaths since that number has changed)
+        self._deaths: dict[str, tuple[int, int]] = {}
+        #: whether the last order to the host was Run
+        self._runs: dict[str, bool] = {}
+
+    def sent(self, role: str, command: messages.Command) -> None:
+        """A command is on its way to an island."""
+        if isinstance(command, messages.Run | messages.Stop):
+            self._runs[role] = isinstance(command, messages.Run)
+
+    def died(self, role: str) -> bool:
+        """Whether this is the death of a device host, which is being replaced then."""
+        if role not in self._vm.hosts or not self._vm.serves:
+            return False
+        if role in self.vacant:
+            self.vacant[role].set()
+        else:
+            self.vacant[role] = asyncio.Event()
+            self._vm.show_time()
+            self._vm.spawn(self._replace(role))
+        return True
+
+    def _hopeless(self, role: str) -> bool:
+        """Whether it makes no progress from death to death."""
+        assert self._vm.segment is not None
+        commits = self._vm.segment.state(int(role[7:])).commits
+        before, deaths = self._deaths.get(role, (-1, 0))
+        deaths = deaths + 1 if commits == before else 1
+        self._deaths[role] = commits, deaths
+        return deaths >= MOST_DEATHS
+
+    async def _replace(self, role: str) -> None:
+        vm, began, dead = self._vm, time.monotonic(), []
+        assert vm.segment is not None
+        while True:
+            dead.append(vm.islands[role])
+            vm.drain_output(role)
+            if self._hopeless(role):
+                await vm.mourn(role)
+                return
+            self.vacant[role].clear()
+            hello = await vm.start_successor(role)
+            if await self._arrives(role, hello):
+                break
+            if not vm.serves:
+                return
+        waiting = vm.open_commands(role)
+        del self.vacant[role]
+        if self._runs.get(role) and not any(isinstance(command, messages.Run) for command in waiting):
+            await vm.command(role, messages.Run(serial=vm.next_serial()))
+        for command in waiting:
+            await vm.send(role, command)
+        vm.segment.host(int(role[7:])).generation += 1
+        vm.show_time()
+        blackout = time.monotonic() - began
+        self.restarts[role] = self.restarts.get(role, 0) + 1
+        cause = await asyncio.to_thread(dead[0].epitaph)
+        for island in dead:
+            island.close()
+        log.info("%s; replaced within %.1f ms", cause, blackout * 1000)
+        vm.event(
+            "ISLAND_RESTARTED",
+            {
+                "role": role, "cause": cause, "blackout-ms": round(blackout * 1000, 3),
+                "restarts": self.restarts[role],
+            },
+        )  # fmt: skip
+
+    async def _arrives(self, role: str, hello: asyncio.Event) -> bool:
+        """False: it has died as well, or the machine ends; IslandError when it says nothing."""
+        waits = {asyncio.ensure_future(hello.wait()), asyncio.ensure_future(self.vacant[role].wait())}
+        either: set[asyncio.Future[object]] = {*waits, self._vm.ending}
+        await asyncio.wait(either, timeout=HELLO_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        if hello.is_set():
+            return True
+        if self.vacant[role].is_set() or self._vm.ending.done():
+            return False
+        raise IslandError(f"{role} could not be replaced within {HELLO_SECONDS:.0f} s")
