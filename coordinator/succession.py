@@ -1,10 +1,11 @@
 """A device host that has died is replaced by another process, and the guest does not notice.
 
 Guest time stops at once. The successor attaches to the segment, takes over what its predecessor has committed
-(devhost/commit.py) and says hello; it gets the commands again that are open, Run first where the guest runs. Then
+(devhost/commit.py) and says hello; it gets the commands again that are open, Run first where the guest
+runs. Then
 the host's generation is raised, which lets vCPUs ask again, and guest time goes on.
 
-One that dies ``MOST_DEATHS`` times without having committed anything in between would do so for ever: it takes the
+One that dies ``MOST_DEATHS`` times while no event ends in between would do so for ever: it takes the
 machine along.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from coordinator.contract import messages
 from coordinator.contract.errors import IslandError
@@ -37,8 +38,9 @@ class Succession:
         self.vacant: dict[str, asyncio.Event] = {}
         #: replacements so far, by role
         self.restarts: dict[str, int] = {}
-        #: (commits, deaths since that number has changed)
-        self._deaths: dict[str, tuple[int, int]] = {}
+        #: events there had been at the last death, and deaths since one has ended
+        self._events: dict[str, int] = {}
+        self._deaths: dict[str, int] = {}
         #: whether the last order to the host was Run
         self._runs: dict[str, bool] = {}
 
@@ -62,11 +64,11 @@ class Succession:
     def _hopeless(self, role: str) -> bool:
         """Whether it makes no progress from death to death."""
         assert self._vm.segment is not None
-        commits = self._vm.segment.state(int(role[7:])).commits
-        before, deaths = self._deaths.get(role, (-1, 0))
-        deaths = deaths + 1 if commits == before else 1
-        self._deaths[role] = commits, deaths
-        return deaths >= MOST_DEATHS
+        events = int(self._vm.segment.host(int(role.removeprefix("devhost"))).events)
+        stuck = self._events.get(role) == events
+        self._events[role] = events
+        self._deaths[role] = self._deaths.get(role, 0) + 1 if stuck else 1
+        return self._deaths[role] >= MOST_DEATHS
 
     async def _replace(self, role: str) -> None:
         vm, began, dead = self._vm, time.monotonic(), []
@@ -107,8 +109,8 @@ class Succession:
 
     async def _arrives(self, role: str, hello: asyncio.Event) -> bool:
         """False: it has died as well, or the machine ends; IslandError when it says nothing."""
-        waits = {asyncio.ensure_future(hello.wait()), asyncio.ensure_future(self.vacant[role].wait())}
-        either: set[asyncio.Future[object]] = {*waits, self._vm.ending}
+        waits = [asyncio.ensure_future(event.wait()) for event in (hello, self.vacant[role])]
+        either: set[asyncio.Future[Any]] = {*waits, self._vm.ending}
         await asyncio.wait(either, timeout=HELLO_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()

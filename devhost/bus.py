@@ -242,7 +242,8 @@ class Bus:
                 slot.settled()
 
     def show(self, performed: Callable[[], None] = lambda: None) -> None:
-        """Store shadow registers and time sources of what was touched, then perform the effects; ``performed``
+        """Store shadow registers and time sources of what was touched, then perform the effects;
+        ``performed``
         is called behind each."""
         storing = [slot for slot in self.touched if slot.shadows or slot.time_sources]
         self.touched.clear()

@@ -3,18 +3,22 @@
 An event - an access, posted writes, due timers, completions, a command - changes devices, and DMA lands in
 guest memory. Nothing else of it is seen outside until ``Commits.end``:
 
-1. the records of the devices that were touched and have changed, the reply, the frames for the coordinator and,
+1. the records of the devices that were touched and have changed, the reply, the frames for the coordinator
+and,
    as an outbox, the effects are put into the state area;
 2. one store commits them (coordinator/contract/state.c);
 3. shadows and time sources are stored, effects performed, each counted; posted writes count as applied;
 4. the reply is sent, output shown.
 
 A successor that finds 2 not done finds the state before the event, which it gets again: posted writes
-are in the ring, the vCPU and the coordinator ask again, timers are due, completions come of requests issued again.
-DMA lands a second time with the same bytes, since neither guest nor drive have gone on. One that finds 2 done performs
+are in the ring, the vCPU and the coordinator ask again, timers are due, completions come of requests issued
+again.
+DMA lands a second time with the same bytes, since neither guest nor drive have gone on. One that finds 2
+done performs
 the effects that were not counted and answers the repeated request from the committed reply.
 
-An effect that was performed and not counted is performed twice, with nothing in between: a level that is set again
+An effect that was performed and not counted is performed twice, with nothing in between: a level that is
+set again
 is no edge. An event that changed no record and has no effects, no output is not committed; doing it again is
 doing it once.
 """
@@ -50,7 +54,8 @@ LOOK_SECONDS = 0.001
 
 
 class Header(msgspec.Struct, frozen=True, array_like=True):
-    """Of a commit. ``applied``: the ticket behind the posted writes in it; ``first``: number of its first effect;
+    """Of a commit. ``applied``: the ticket behind the posted writes in it; ``first``: number of its first
+    effect;
     ``output``: where the coordinator's frames end; ``done``: serials of commands answered."""
 
     applied: int
@@ -110,6 +115,8 @@ class Commits:
         self._wired = 0
         #: a first commit has been taken over
         self.successor = False
+        #: the host has said hello: what ends now is an event of the guest's or the user's
+        self.serving = False
         #: False: nothing is committed, for measurements; the host then has no successor
         self.on = True
 
@@ -162,7 +169,8 @@ class Commits:
         self._show()
 
     def reply_again(self, request: messages.BusRequest) -> messages.BusReply | None:
-        """The committed reply to a request that is here for the second time; one of an empty serial: it is older
+        """The committed reply to a request that is here for the second time; one of an empty serial: it is
+        older
         than that, and nobody waits for it any more."""
         reply = self._replied.get(request.vcpu)
         if reply is None or request.serial > reply.serial:
@@ -177,6 +185,8 @@ class Commits:
             self._commit(vcpu, reply)
         self._faults.at("committed")
         self._show()
+        if self.serving:
+            self._block.events += 1
         self._faults.at("shown")
 
     def _commit(self, vcpu: int, reply: messages.BusReply | None) -> None:
@@ -237,6 +247,8 @@ def untold(bus: Bus) -> list[str]:
     return [
         slot.name
         for slot in [*bus.slots.values(), *bus.beside]
-        if slot not in bus.touched and slot.committed is not None and slot.device.checkpoint() != slot.committed
+        if slot not in bus.touched
+        and slot.committed is not None
+        and slot.device.checkpoint() != slot.committed
     ]
 

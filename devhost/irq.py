@@ -35,9 +35,15 @@ class IoapicPin:
     def __init__(self, bus: Bus, pin: int) -> None:
         self._bus, self._pin = bus, pin
         self._segment: Segment = bus.segment
+        self._level = False
 
     def set(self, level: bool) -> None:
-        self._bus.defer(self._segment.pin_set, self._pin, SOURCE_DIRECT, level)
+        self._level = level
+        self.show()
+
+    def show(self) -> None:
+        """Drive the level that it has."""
+        self._bus.defer(self._segment.pin_set, self._pin, SOURCE_DIRECT, self._level)
 
 
 class InterruptRequest:
@@ -46,9 +52,15 @@ class InterruptRequest:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._segment: Segment = bus.segment
+        self._level = False
 
     def set(self, level: bool) -> None:
-        self._bus.defer(self._segment.pic_intr, level)
+        self._level = level
+        self.show()
+
+    def show(self) -> None:
+        """Drive the level that it has."""
+        self._bus.defer(self._segment.pic_intr, self._level)
 
 
 class IrqLines:
@@ -72,10 +84,21 @@ class IrqLines:
         before = self._levels[irq]
         after = before | bit if level else before & ~bit
         self._levels[irq] = after
-        if bool(before) == bool(after):
-            return
+        if bool(before) != bool(after):
+            self._show(irq)
+
+    def _show(self, irq: int) -> None:
+        level = bool(self._levels[irq])
         if self.pic is not None:
-            self.pic.set_input(irq, bool(after))
+            self.pic.set_input(irq, level)
             if self._bus.pic is not None:
                 self._bus.touch(self._bus.pic)
-        self._bus.defer(self._segment.pin_set, TIMER_PIN if irq == 0 else irq, SOURCE_ISA, bool(after))
+        self._bus.defer(self._segment.pin_set, TIMER_PIN if irq == 0 else irq, SOURCE_ISA, level)
+
+    def show(self) -> None:
+        """Drive all lines as their sources do. After devices were loaded: guest time may have gone on since
+        their
+        records were made, so a level may have changed while it was loaded."""
+        for irq in range(ISA_LINES):
+            if self._sources[irq]:
+                self._show(irq)

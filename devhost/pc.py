@@ -12,7 +12,7 @@ from functools import partial
 from typing import ClassVar
 
 from coordinator.contract import messages
-from coordinator.contract.clock import Clock, Timer
+from coordinator.contract.clock import NS_PER_S, Clock, Timer
 from coordinator.contract.config import Machine
 from coordinator.contract.device import Device
 from coordinator.contract.drives import DrivePolicy
@@ -47,7 +47,7 @@ from devhost.pci.i440fx import PAM_SEGMENTS, I440fx
 from devhost.pci.piix3 import Piix3Isa, Piix4Pm
 from devhost.service import Service
 from devhost.trace import Tracer
-from devhost.wall_clock import wall_clock
+from devhost.wall_clock import WallClock
 
 SERIAL_PORTS = ((0x3F8, 4), (0x2F8, 3))
 DEBUG_PORTS = (0x402, 0xE9)
@@ -97,6 +97,8 @@ class RestRecord(Record, frozen=True, kw_only=True):
     boot_order: str
     policies: dict[str, DrivePolicy]
     held_keys: tuple[tuple[int, tuple[str, ...]], ...]
+    #: see WallClock: seconds, ns
+    wall: tuple[int, int]
 
 
 class Rest(Device):
@@ -191,7 +193,8 @@ class Pc:
     # ---- chips -----------------------------------------------------------------------------------
     def _interrupts_and_timers(self) -> None:
         irq, clock, machine = self.irq, self.clock_of, self.machine
-        self.pic = I8259(InterruptRequest(self.bus))
+        self._intr = InterruptRequest(self.bus)
+        self.pic = I8259(self._intr)
         irq.pic = self.pic
         self.bus.inta = self.pic.acknowledge
         self.bus.pic = self.plug("pic", self.pic, (0x20, "master"), (0xA0, "slave"), (0x4D0, "elcr"))
@@ -201,9 +204,10 @@ class Pc:
         self.plug("port61", Port61(self.pit), (0x61, "main")).also = (pit,)
         below = min(machine.ram, LOW_RAM_LIMIT)
         presets = cmos.contents(below, machine.ram - below, machine.vcpus)
-        self.rtc = Mc146818(clock("rtc"), wall_clock(machine.rtc, self.clock.now), clock_tick.chip, presets)
+        self.wall = WallClock(machine.rtc, self.clock.now)
+        self.rtc = Mc146818(clock("rtc"), self.wall, clock_tick.chip, presets)
         self.plug("rtc", self.rtc, (0x70, "main"))
-        pins = {pin: IoapicPin(self.bus, pin) for pin in range(IOAPIC_PINS)}
+        self._direct = pins = {pin: IoapicPin(self.bus, pin) for pin in range(IOAPIC_PINS)}
         hpet = Hpet(clock("hpet"), timer.hpet, clock_tick.hpet, LegacyRoutes(timer, clock_tick), pins)
         slot = self.plug("hpet", hpet)
         first, count = self.bus.map_memory(slot, acpi.HPET_BASE, CHIP_PAGE)
@@ -219,7 +223,8 @@ class Pc:
     def _inputs_and_serial(self) -> None:
         self.a20 = A20Gate(self._a20_changed)
         self.keyboard = I8042(
-            self.clock_of("i8042"), self.irq.pin(1), self.irq.pin(12), self.a20.pin(KEYBOARD), self._ask_reset("keyboard")
+            self.clock_of("i8042"), self.irq.pin(1), self.irq.pin(12), self.a20.pin(KEYBOARD),
+            self._ask_reset("keyboard")
         )
         self.plug("i8042", self.keyboard, (0x60, "data"), (0x64, "command"))
         self.plug("port92", Port92(self.a20.pin(PORT_92), self._ask_reset("port92")), (0x92, "main"))
@@ -323,11 +328,16 @@ class Pc:
         for slot in self.slots.values():
             slot.device.pause()
         slots = [*self.slots.values(), self._rest]
-        self.service.commits.load(sorted(slots, key=lambda slot: slot.name == "pic"))
+        order = {"pc": 0, "pic": 2}  # the clock first; the PIC knows the levels of its inputs
+        self.service.commits.load(sorted(slots, key=lambda slot: order.get(slot.name, 1)))
         self.bus.show_ports()
         self._quiet = False
         self.memory_changed()
         self.service.commits.resume()
+        self.irq.show()
+        for pin in self._direct.values():
+            pin.show()
+        self._intr.show()
 
     def hold_keys(self, keys: tuple[str, ...], until: int) -> None:
         """Keys go down now and are released, the last one first, at guest time ``until``."""
@@ -350,10 +360,13 @@ class Pc:
             boot_order=self._boot_order or "",
             policies={ident: drive.policy for ident, drive in self.drives.by_id.items()},
             held_keys=tuple(self.held_keys),
+            wall=divmod(self.wall.epoch, NS_PER_S),
         )
 
     def load_rest(self, record: RestRecord) -> None:
         self._show_boot_order(record.boot_order)
+        seconds, rest = record.wall
+        self.wall.epoch = seconds * NS_PER_S + rest
         for ident, policy in record.policies.items():
             self.drives.by_id[ident].policy = policy
         self.held_keys = list(record.held_keys)

@@ -1,7 +1,8 @@
 """The event loop of a device host.
 
 One event at a time: a sync access, posted writes, due timers, block completions, a command of the
-coordinator; each ends with a commit (commit.py). Before it sleeps the host says so in the segment (``sleeping``), looks at the ring once
+coordinator; each ends with a commit (commit.py). Before it sleeps the host says so in the segment
+(``sleeping``), looks at the ring once
 more, and only then waits - vCPUs ring the doorbell only at a sleeping host, and post before they
 look, so no entry is left lying.
 
@@ -108,6 +109,7 @@ class Service:
         sockets = (self.router, self.channel.socket)
         fixed = [self.config.doorbell_fd, *(socket.fileno() for socket in sockets)]
         self.end_event()  # the state at power-on, or the end of taking over
+        self.commits.serving = True
         self.channel.hello()
         while self._running:
             busy = self._serve_bus()

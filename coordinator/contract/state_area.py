@@ -58,7 +58,8 @@ class Output:
         self._frame: Any = None
 
     def put(self, at: int, frame: bytes) -> int | None:
-        """Write a frame at byte ``at``, unseen; returns the byte behind it, or None while there is no room."""
+        """Write a frame at byte ``at``, unseen; returns the byte behind it, or None while there is no
+        room."""
         if not lib.output_put(self._header, self._host, at, frame, len(frame)):
             return None
         return at + 4 + len(frame)

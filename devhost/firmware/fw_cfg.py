@@ -59,7 +59,8 @@ class FwCfg(Device):
     }
 
     def __init__(self, dma: Dma, report: Callable[[int, bytes], None] | None = None) -> None:
-        """``report(gpa, bytes)`` stores the result of a transfer; by default at once. A device host may have to run
+        """``report(gpa, bytes)`` stores the result of a transfer; by default at once. A device host may
+        have to run
         a transfer again, until it is committed, so it overwrites the descriptor only after that."""
         self._dma = dma
         self._report: Callable[[int, bytes], Any] = report or dma.write

@@ -9,7 +9,7 @@ import pytest
 
 from coordinator.contract.clock import ManualClock
 from coordinator.contract.config import Rtc
-from devhost.wall_clock import wall_clock
+from devhost.wall_clock import WallClock
 
 HOUR = 3600 * 10**9
 
@@ -20,7 +20,7 @@ HOUR = 3600 * 10**9
 def test_a_date_and_guest_time(base: str) -> None:
     """UTC unless the date says otherwise; stands still with guest time."""
     clock = ManualClock()
-    civil = wall_clock(Rtc(base, "vm"), clock.now)
+    civil = WallClock(Rtc(base, "vm"), clock.now)
     start = int(datetime(2020, 2, 29, 23, 59, 58, tzinfo=UTC).timestamp()) * 10**9
     assert civil() == civil() == start
     clock.advance(HOUR)
@@ -30,7 +30,7 @@ def test_a_date_and_guest_time(base: str) -> None:
 def test_host_clock() -> None:
     """Guest time has no say."""
     clock = ManualClock()
-    civil = wall_clock(Rtc(), clock.now)
+    civil = WallClock(Rtc(), clock.now)
     clock.advance(HOUR)
     assert abs(civil() - time.time_ns()) < 60 * 10**9
 
@@ -39,8 +39,17 @@ def test_local_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TZ", "EST5")
     time.tzset()
     try:
-        behind = time.time_ns() - wall_clock(Rtc("localtime"), lambda: 0)()
+        behind = time.time_ns() - WallClock(Rtc("localtime"), lambda: 0)()
         assert abs(behind - 5 * HOUR) < 60 * 10**9
     finally:
         monkeypatch.undo()
         time.tzset()
+
+
+def test_a_clock_goes_on_where_another_was() -> None:
+    """One that began at a date does not begin again."""
+    clock = ManualClock()
+    first, second = (WallClock(Rtc("2020-02-29T23:59:58", "vm"), clock.now) for _ in range(2))
+    first.epoch += HOUR
+    second.epoch = first.epoch
+    assert second() == first()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,7 +44,6 @@ def test_islands_end_with_the_coordinator_and_the_next_start_cleans(number: sign
 STATE = {
     "vcpu1": r"RIP=[0-9a-f]{16} CR3=[0-9a-f]{16} RFLAGS=[0-9a-f]{8} last exit: \w+ after \d+ instructions",
     "vcpu0": r"RIP=00000000001[0-9a-f]{5} CR3=[0-9a-f]{16} .*last exit: \w+ after [1-9]\d* instructions",
-    "devhost0": r"\d+ accesses answered, \d+ posted writes applied, \d+ bytes of DMA",
     "blockd": r"images: ide1-cd0=.*/a disc\.iso",
 }
 
@@ -58,6 +59,53 @@ def test_an_island_that_dies_is_named_with_its_state(role: str, disc: Path) -> N
         assert re.fullmatch(
             rf"atoll run: {role} \(pid {pid}\) was killed by SIGKILL; {STATE[role]}(; .*)?", line
         )
+        machine.gone()
+
+
+def test_a_device_host_that_dies_is_replaced() -> None:
+    """The guest goes on, without a word to the user; once while it waits, once with input on its way."""
+    with with_qmp(*CONSOLE, "-smp", "2") as machine, machine.qmp() as qmp:
+        machine.says("ready")
+        for restarts, (byte, paused) in enumerate([(b"a", False), (b"b", False), (b"c", True)], 1):
+            if paused:
+                qmp.cmd("stop")
+            pid = machine.roles()["devhost0"]
+            os.kill(pid, signal.SIGKILL)
+            machine.type(byte)
+            event = until(lambda: _restarted(qmp), "the event")
+            assert event["role"] == "devhost0" and event["restarts"] == restarts and event["blackout-ms"] > 0
+            assert event["cause"] == f"devhost0 (pid {pid}) was killed by SIGKILL"
+            if paused:
+                assert qmp.cmd("query-status")["status"] == "paused"
+                qmp.cmd("cont")
+            machine.says(f"got {byte[0]:02x}")
+        machine.type(b"O")
+        assert machine.wait() == 0 and machine.errors() == ""
+        machine.gone()
+
+
+def _restarted(qmp: Any) -> dict[str, Any] | None:
+    events = [event["data"] for event in qmp.get_events() if event["event"] == "ISLAND_RESTARTED"]
+    qmp.clear_events()
+    return events[0] if events else None
+
+
+def test_a_device_host_that_dies_over_and_over_takes_the_machine_along() -> None:
+    """Three deaths, and nothing done in between: the guest sleeps."""
+    with Machine(*CONSOLE) as machine:
+        machine.says("ready")
+        killed: set[int] = set()
+        while machine.process.poll() is None:
+            pid = machine.roles().get("devhost0")
+            if pid is not None and pid not in killed:
+                killed.add(pid)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        assert machine.wait() == 1 and len(killed) == 3
+        (line,) = machine.errors().splitlines()
+        state = r"\d+ accesses answered, \d+ posted writes applied, \d+ bytes of DMA"
+        pattern = rf"atoll run: devhost0 \(pid \d+\) was killed by SIGKILL; {state}(; .*)?"
+        assert re.fullmatch(pattern, line)
         machine.gone()
 
 
