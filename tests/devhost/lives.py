@@ -21,6 +21,7 @@ from devhost.faults import Faults
 from devhost.pc import Pc
 from devhost.service import Service
 from tests.devhost.ide.rig import Backend, pattern
+from tests.devhost.machine import VRAM
 
 RAM = 1 << 20
 DISK_SIZE = 64 * 512
@@ -133,8 +134,8 @@ class Guest:
             ),
         )  # fmt: skip
         self.media = {"hd": bytearray(pattern(DISK_SIZE)), "cd": bytearray(pattern(CD_SIZE))}
-        self.segment = Segment.create(vcpus=1, ram=RAM, vram=(1 << 20) + (256 << 10) if vga else 0, rom=64
-        << 10)
+        vram = VRAM if vga else 0
+        self.segment = Segment.create(vcpus=1, ram=RAM, vram=vram, rom=64 << 10)
         self.output = self.segment.output(0)
         self.serial = 0
         self.now = 1_000_000_000
