@@ -5,8 +5,8 @@ Guest time stops at once. The successor attaches to the segment, takes over what
 runs. Then
 the host's generation is raised, which lets vCPUs ask again, and guest time goes on.
 
-One that dies ``MOST_DEATHS`` times while no event ends in between would do so for ever: it takes the
-machine along.
+One that dies ``MOST_DEATHS`` times with an event in hand, while none ends, would do so for ever: it takes the
+machine along. Being killed before it comes to anything is no fault of its own, so that may happen more often.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MOST_DEATHS = 3
+#: deaths in a row without an event
+MOST_STARTS = 100
 #: how long a successor may take to say hello, seconds
 HELLO_SECONDS = 60.0
 
@@ -38,9 +40,10 @@ class Succession:
         self.vacant: dict[str, asyncio.Event] = {}
         #: replacements so far, by role
         self.restarts: dict[str, int] = {}
-        #: events there had been at the last death, and deaths since one has ended
+        #: events there had been at the last death
         self._events: dict[str, int] = {}
-        self._deaths: dict[str, int] = {}
+        #: deaths since one has ended: with one in hand, and all
+        self._deaths: dict[str, tuple[int, int]] = {}
         #: whether the last order to the host was Run
         self._runs: dict[str, bool] = {}
 
@@ -64,11 +67,12 @@ class Succession:
     def _hopeless(self, role: str) -> bool:
         """Whether it makes no progress from death to death."""
         assert self._vm.segment is not None
-        events = int(self._vm.segment.host(int(role.removeprefix("devhost"))).events)
-        stuck = self._events.get(role) == events
+        block = self._vm.segment.host(int(role.removeprefix("devhost")))
+        events, in_hand = int(block.events), int(block.begun != block.events)
+        busy, deaths = self._deaths.get(role, (0, 0)) if self._events.get(role) == events else (0, 0)
         self._events[role] = events
-        self._deaths[role] = self._deaths.get(role, 0) + 1 if stuck else 1
-        return self._deaths[role] >= MOST_DEATHS
+        self._deaths[role] = busy, deaths = busy + in_hand, deaths + 1
+        return busy >= MOST_DEATHS or deaths >= MOST_STARTS
 
     async def _replace(self, role: str) -> None:
         vm, began, dead = self._vm, time.monotonic(), []

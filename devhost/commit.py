@@ -117,6 +117,7 @@ class Commits:
         self.successor = False
         #: the host has said hello: what ends now is an event of the guest's or the user's
         self.serving = False
+        self._block.begun = self._block.events
         #: False: nothing is committed, for measurements; the host then has no successor
         self.on = True
 
@@ -178,6 +179,11 @@ class Commits:
         return reply if request.serial == reply.serial else messages.BusReply(serial=0, data=b"")
 
     # ---- committing ----------------------------------------------------------------------------
+    def begin(self) -> None:
+        """An event is in hand."""
+        self._block.begun = self._block.events + 1
+        self._faults.at("received")
+
     def end(self, vcpu: int = -1, reply: messages.BusReply | None = None) -> None:
         """The event in hand, and all since the last call, ends; ``reply`` is what vCPU ``vcpu`` is to get."""
         self._faults.at("applied")
@@ -186,7 +192,7 @@ class Commits:
         self._faults.at("committed")
         self._show()
         if self.serving:
-            self._block.events += 1
+            self._block.events = self._block.begun = self._block.events + 1
         self._faults.at("shown")
 
     def _commit(self, vcpu: int, reply: messages.BusReply | None) -> None:

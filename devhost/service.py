@@ -171,7 +171,7 @@ class Service:
         now = self.clock.now()
         if deadline > now:
             return False
-        self.faults.at("received")
+        self.commits.begin()
         self._counters.timer_fires += self.clock.wheel.fire(now)
         self.bus.settle()
         self.end_event()
@@ -181,7 +181,7 @@ class Service:
         """An event of the posted writes that are whole."""
         if not self.ring.pending():
             return False
-        self.faults.at("received")
+        self.commits.begin()
         self._apply_posted(None)
         self.end_event()
         return True
@@ -214,7 +214,7 @@ class Service:
             self._serve_request(frames[0], request)
 
     def _serve_request(self, vcpu: bytes, request: messages.BusRequest) -> None:
-        self.faults.at("received")
+        self.commits.begin()
         if (again := self.commits.reply_again(request)) is not None:
             self._reply(vcpu, encode(again))
             return
@@ -281,7 +281,7 @@ class Service:
                 return worked
             worked = True
             if command.serial not in self.commits.done:  # else its answer is in the output ring
-                self.faults.at("received")
+                self.commits.begin()
                 self._obey(command)
                 self.end_event()
                 self.faults.at("replied")

@@ -237,6 +237,7 @@ struct host_block {              /* one a device host */
     uint64_t roundtrips[64];     /* sync accesses served by device */
     uint64_t effects_done;       /* the host: effects performed since power-on, stored after each (release) */
     uint64_t events;             /* the host: events that have ended since power-on, but for power-on and taking over (relaxed) */
+    uint64_t begun;              /* the host: `events`, and one more while an event is in hand (relaxed) */
     uint64_t output_head;        /* the host: bytes of the output ring that are committed (seq_cst) */
     uint64_t output_tail;        /* the coordinator: bytes that it has read (seq_cst) */
     struct posted_entry ring[SEG_RING_SLOTS];

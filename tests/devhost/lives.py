@@ -263,7 +263,7 @@ class Guest:
         while True:
             try:
                 if command.serial not in self.life.commits.done:
-                    self.life.faults.at("received")
+                    self.life.commits.begin()
                     self.life._obey(command)
                     self.life.end_event()
                     self.life.faults.at("replied")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
@@ -88,25 +87,6 @@ def _restarted(qmp: Any) -> dict[str, Any] | None:
     events = [event["data"] for event in qmp.get_events() if event["event"] == "ISLAND_RESTARTED"]
     qmp.clear_events()
     return events[0] if events else None
-
-
-def test_a_device_host_that_dies_over_and_over_takes_the_machine_along() -> None:
-    """Three deaths, and nothing done in between: the guest sleeps."""
-    with Machine(*CONSOLE) as machine:
-        machine.says("ready")
-        killed: set[int] = set()
-        while machine.process.poll() is None:
-            pid = machine.roles().get("devhost0")
-            if pid is not None and pid not in killed:
-                killed.add(pid)
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        assert machine.wait() == 1 and len(killed) == 3
-        (line,) = machine.errors().splitlines()
-        state = r"\d+ accesses answered, \d+ posted writes applied, \d+ bytes of DMA"
-        pattern = rf"atoll run: devhost0 \(pid \d+\) was killed by SIGKILL; {state}(; .*)?"
-        assert re.fullmatch(pattern, line)
-        machine.gone()
 
 
 def test_a_crash_shows_the_end_of_its_log() -> None:
