@@ -6,8 +6,8 @@
  *   wrote N          so many rounds are done and right; every tenth
  *   bad N BLOCK      round N found other data in that block, and no more
  *   failed WHAT      a call failed, and no more
- *   end N            after a byte on /dev/ttyS1: all is flushed; power off
- * The kernel's own messages are on the same console.
+ *   kernel LINE      after a byte on /dev/ttyS1: what the kernel's log says of trouble with the disk
+ *   end N            behind that: all is flushed; power off
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -17,6 +17,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/klog.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <sys/syscall.h>
@@ -30,14 +31,15 @@ struct place { unsigned first, count; };
 static uint32_t written[BLOCKS]; /* the round that wrote a block last; 0: as the host made it, not looked at */
 static uint64_t data[MOST * WORDS] __attribute__((aligned(BLOCK)));
 
-/* One line by one write: the kernel says things on this console, too. */
 static void say(const char *format, ...)
 {
-    char line[128];
+    char line[512];
     va_list arguments;
     va_start(arguments, format);
     int length = vsnprintf(line, sizeof line, format, arguments);
     va_end(arguments);
+    if (length >= (int)sizeof line)
+        length = sizeof line - 1;
     if (write(STDOUT_FILENO, line, (size_t)length) != length)
         sleep(1);
 }
@@ -113,6 +115,19 @@ static void load_modules(void)
     fclose(order);
 }
 
+/* syslog(2): 3 reads all of the kernel's log */
+static void say_trouble(void)
+{
+    static char log[1 << 20];
+    static const char *const signs[] = {"exception Emask", "resetting link", "I/O error", "timed out", "(timeout)"};
+    int length = klogctl(3, log, sizeof log - 1);
+    must(length > 0, "syslog");
+    for (char *line = strtok(log, "\n"); line != NULL; line = strtok(NULL, "\n"))
+        for (unsigned i = 0; i < sizeof signs / sizeof signs[0]; i++)
+            if (strstr(line, signs[i]) != NULL)
+                say("kernel %s\n", line);
+}
+
 static int open_soon(const char *path, int flags)
 {
     for (int tries = 0; tries < 6000; tries++) { /* libata probes its ports in the background */
@@ -147,6 +162,7 @@ int main(void)
             say("wrote %u\n", n);
     }
     must(fsync(cached) == 0, "fsync");
+    say_trouble();
     say("end %u\n", n);
     tcdrain(STDOUT_FILENO);
     reboot(RB_POWER_OFF);
