@@ -22,6 +22,9 @@ POSTED = ("posted_nmi", "posted_init", "posted_sipi", "posted_kick", "extint_lev
 POSTED_BITS = ("posted_irr", "posted_tmr")
 #: what the loader must not believe: an index into our own tables
 ACTIVITIES = range(4)
+#: what no guest can bring about, so that nobody relies on it: bits of MXCSR up to FTZ (SDM vol. 1 section
+#: 11.6.6), and XCR0 with x87 always, SSE, nothing else (section 13.3)
+MXCSR_BITS, XCR0_VALUES = 0xFFFF, (0b01, 0b11)
 #: CPUID words that a guest chooses its code by: (leaf, subleaf, register), and which of their bits are state,
 #: not features
 FEATURES = {
@@ -85,6 +88,8 @@ def load(core: Core, index: int, records: dict[str, bytes]) -> None:
     struct_set(ffi, arch[0], record.arch, f"vcpu{index}", OMITTED)
     if arch.activity not in ACTIVITIES or arch.cpl > 3 or arch.cpl != arch.seg[2].attr >> 5 & 3:
         raise RecordError(f"vcpu{index}: activity {arch.activity} or privilege level {arch.cpl} cannot be")
+    if arch.fpu.mxcsr & ~MXCSR_BITS or arch.xcr0 not in XCR0_VALUES:
+        raise RecordError(f"vcpu{index}: MXCSR {arch.fpu.mxcsr:#x} or XCR0 {arch.xcr0:#x} cannot be")
     words = _words(record, index)
     ffi.memmove(ffi.addressof(core.arch), arch, ffi.sizeof("struct cpu_arch"))
     for name, value in words.items():

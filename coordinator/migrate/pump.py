@@ -132,7 +132,7 @@ def _unpack(sock: socket.socket, target: int, wire: Wire) -> None:
                 raise MigrationError(f"guest memory: a piece of {length} bytes was announced")
             piece = _take(sock, buffer, length)
             if decompressor is not None:
-                piece = memoryview(decompressor.decompress(piece, max_output_size=PIECE))
+                piece = _inflate(decompressor, piece)
             while piece:
                 piece = piece[os.write(target, piece) :]
     except zstandard.ZstdError as error:
@@ -141,6 +141,15 @@ def _unpack(sock: socket.socket, target: int, wire: Wire) -> None:
         return  # the reader has given up, and says why
     except OSError as error:
         raise _broken(error) from None
+
+
+def _inflate(decompressor: zstandard.ZstdDecompressor, piece: memoryview) -> memoryview:
+    """What a piece was. Its own word on its size is looked at first: the library makes room for whatever that
+    says, and for ``max_output_size`` only where it says nothing."""
+    size = zstandard.get_frame_parameters(piece).content_size
+    if size > PIECE:
+        raise MigrationError("guest memory: a compressed piece is larger than it may be")
+    return memoryview(decompressor.decompress(piece, max_output_size=PIECE))
 
 
 def _take(sock: socket.socket, buffer: memoryview, n: int) -> memoryview:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from types import SimpleNamespace
 from typing import Any
@@ -146,6 +147,63 @@ def test_fields_that_cannot_be(field: str) -> None:
     with pytest.raises(RecordError, match="cannot be"):
         state.load(core(flat), 0, {"vcpu": pack(wrong)})
     flat.close()
+
+
+@pytest.mark.parametrize(
+    ("mxcsr", "xcr0"),
+    [(1 << 16, 1), (0xFFFFFFFF, 3), (0x1F80, 0), (0x1F80, 2), (0x1F80, 7), (0x1F80, 1 << 63)],
+)
+def test_registers_that_hold_what_no_guest_can_put_there(mxcsr: int, xcr0: int) -> None:
+    flat = Flat()
+    before, record = state.save(core(flat), 0), well_formed()
+    fpu = {**record.arch["fpu"], "mxcsr": mxcsr}
+    wrong = msgspec.structs.replace(record, arch={**record.arch, "fpu": fpu, "xcr0": xcr0})
+    with pytest.raises(RecordError, match="cannot be"):
+        state.load(core(flat), 0, {"vcpu": pack(wrong)})
+    assert state.save(core(flat), 0) == before
+    flat.close()
+
+
+#: every form of what a hostile stream may say of a register, segment or APIC word
+EDGES = (0, 1, 0xFFF, 0xFFFF, 1 << 31, 0xFFFFFFFF, (1 << 47) - 1, 1 << 47, 1 << 63, (1 << 64) - 1)
+#: fld st; fadd; fwait; fnclex; addps; stmxcsr; push, pop, pushf, popf; cpuid; rdtsc; xgetbv; str; hlt
+TOUCHES_ALL = "d9c0 dcc1 9b dbe2 0f58c1 50 0fae1c24 58 9c 9d 31c9 0fa2 0f31 31c9 0f01d0 0f00c8 f4"
+
+
+def spoilt(rng: random.Random, value: Any) -> Any:
+    if isinstance(value, int):
+        return rng.choice((*EDGES, rng.getrandbits(64), value ^ 1 << rng.randrange(16)))
+    if isinstance(value, bytes):
+        return rng.randbytes(len(value))
+    at = rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))
+    changed = dict(value) if isinstance(value, dict) else list(value)
+    changed[at] = spoilt(rng, value[at])
+    return changed
+
+
+def test_a_hostile_record_is_refused_or_runs() -> None:
+    """To whatever end; were it a fault of the host's, this process would end."""
+    rng, record = random.Random(4), well_formed()
+    loaded = 0
+    for _ in range(100):
+        arch = record.arch
+        for name in rng.choices(("seg", "fpu", "apic", "cr0", "cr3", "cr4", "efer", "rflags", *arch), k=3):
+            arch = {**arch, name: spoilt(rng, arch[name])}
+        arch = {**arch, "activity": 0, "cpl": arch["seg"][2]["attr"] >> 5 & 3}
+        pdpte = [rng.choice(EDGES) for _ in range(4)]
+        flat = Flat()
+        lib.core_halt_exits(flat.cpu, 1)
+        flat.write(CODE, bytes.fromhex(TOUCHES_ALL))
+        with contextlib.suppress(RecordError):
+            blob = pack(msgspec.structs.replace(record, arch=arch, pdpte=pdpte))
+            state.load(core(flat), 0, {"vcpu": blob})
+            loaded += 1
+            flat.arch.rip = CODE
+            for _ in range(3):
+                lib.core_run(flat.cpu, 50)
+            state.save(core(flat), 0)
+        flat.close()
+    assert loaded > 40
 
 
 def test_every_field_must_be_there() -> None:
