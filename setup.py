@@ -8,6 +8,7 @@ from setuptools import setup
 setup(
     cffi_modules=[
         "coordinator/contract/build_segment.py:ffibuilder",
+        "coordinator/contract/sandbox/build_sandbox.py:ffibuilder",
         "coordinator/migrate/build_ram.py:ffibuilder",
         "vcpu/build_core.py:ffibuilder",
         "blockd/build_batch.py:ffibuilder",

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
-import shutil
-import tempfile
 import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import msgspec
 
+from blockd import scratch
 from blockd.image import Buffer, Image
 from blockd.nbd.contexts import contexts_of
 from blockd.nbd.remote import NbdImage
@@ -259,14 +257,10 @@ def open_throwaway(wanted: config.Export) -> Image:
     base = FORMATS[image_format](msgspec.structs.replace(wanted, read_only=True))
     size = base.size
     base.close()
-    folder = tempfile.mkdtemp(prefix="atoll-")
-    layer = os.path.join(folder, "layer.qcow2")
-    try:
+    with scratch.nameless() as layer:
         file = absolute_name(wanted.file)
         create(layer, Options(size, backing_file=file, backing_format=image_format))
         image = Qcow2Image(layer, False, Chain((file, *wanted.backing_allowed)), unsafe_file)
-    finally:
-        shutil.rmtree(folder)  # what is open stays
     image.file = wanted.file
     return image
 

@@ -11,6 +11,7 @@ import fcntl
 import os
 import stat
 
+from blockd import handout
 from blockd.locks import lock_image
 from coordinator.contract.errors import BlockError
 
@@ -37,12 +38,21 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
             raise OSError(number, os.strerror(number))
 
 
+def _open(file: str, access: int) -> int:
+    try:
+        return os.open(file, access | os.O_CLOEXEC | os.O_NONBLOCK)
+    except PermissionError:
+        if access != os.O_RDONLY or not handout.in_use():
+            raise
+        return handout.open_readable(file)  # a medium that has come since the sandbox was closed
+
+
 def open_file(file: str, read_only: bool) -> int:
     """A descriptor, or BlockError in one line. O_NONBLOCK so that a FIFO does not hang, and is refused
     afterwards."""
     access = os.O_RDONLY if read_only else os.O_RDWR
     try:
-        fd = os.open(file, access | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = _open(file, access)
     except OSError as error:
         text = f"{file}: cannot be opened: {os.strerror(error.errno or 0)}"
         if not read_only and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):

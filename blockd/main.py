@@ -6,6 +6,7 @@ python -m blockd.main --socket PATH --tcp [HOST:]PORT --export ID=FILE[,ro=on][,
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import signal
@@ -14,19 +15,28 @@ import sys
 import setproctitle
 import zmq
 
+from blockd import handout, scratch
 from blockd.lease.record import Owner
 from blockd.nbd.handshake import Terms
 from blockd.nbd.listen import LOOPBACK
+from blockd.places import Place, places
 from blockd.service import Service
 from coordinator.contract import config, messages
-from coordinator.contract.errors import AtollError, UsageError
+from coordinator.contract.errors import AtollError, BlockError, UsageError
+from coordinator.contract.handout import path as handout_path
 from coordinator.contract.island import Control, enter
 from coordinator.contract.nbd import absolute_name
+from coordinator.contract.sandbox import Access, Sandbox
 from coordinator.contract.tls import server_context
 
 log = logging.getLogger(__name__)
 
 ROLE = "blockd"
+#: modules that are imported where they are needed, which a sandbox does not let them be
+LATE = (
+    "blockd.lease.judge", "blockd.nbd.file", "blockd.qcow2.check", "encodings.ascii", "encodings.idna",
+    "numpy.ma", "zstandard",
+)  # fmt: skip
 
 
 def main(start: config.BlockdConfig) -> None:
@@ -35,12 +45,16 @@ def main(start: config.BlockdConfig) -> None:
     Says Hello when the exports are open and the socket listens, or Failed with a line for the user.
     Exits 0 when everything was durable at the end, else 1.
     """
-    enter(ROLE, start.vm, start.parent, start.log)
+    sandbox, failure = _sandbox(start)
+    enter(ROLE, start.vm, start.parent, start.log, sandbox)
     control = Control(zmq.Context.instance(), start.runtime, ROLE)
     status = 0
     try:
+        if failure is not None:
+            raise failure
         service = Service(owner=Owner(start.uuid, start.vm))
         service.end_on_signal(signal.SIGTERM)
+        sandbox.seal()
         try:
             service.leased.open_all(start.exports)
             service.listen(config.nbd_socket(start.runtime))
@@ -54,6 +68,24 @@ def main(start: config.BlockdConfig) -> None:
         status = 1
     control.flush()
     sys.exit(status)
+
+
+def _sandbox(start: config.BlockdConfig) -> tuple[Sandbox, BlockError | None]:
+    """The sandbox, with the temporary files that exports need made before it; an error is told when the
+    coordinator can be reached. Whatever is imported late otherwise is here by now."""
+    scratches: list[Place] = []
+    failure = None
+    if start.sandbox:
+        for module in LATE:
+            importlib.import_module(module)
+        handout.use(handout_path(start.runtime))
+        try:
+            fds = scratch.prepare(sum(export.snapshot for export in start.exports))
+            scratches = [(fd, Access.READ | Access.WRITE) for fd in fds]
+        except BlockError as error:
+            failure = error
+    found = scratches + places(start.runtime, start.exports)
+    return Sandbox("blockd", ROLE, start.sandbox, found), failure
 
 
 def parse_export(text: str) -> config.Export:

@@ -157,6 +157,8 @@ class Island:
             how = "ended"
         elif code < 0:
             how = f"was killed by {signal.Signals(-code).name}"
+            if code == -signal.SIGSYS:
+                how += " (it tried what its sandbox forbids)"
         else:
             how = f"ended with status {code}"
         return f"{self.role} (pid {self.pid}) {how}"

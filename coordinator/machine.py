@@ -34,9 +34,11 @@ from coordinator.contract.config import (
     export_of,
 )
 from coordinator.contract.errors import IslandError, MessageError
+from coordinator.contract.handout import path as handout_path
 from coordinator.contract.island import router
 from coordinator.contract.segment import Segment
 from coordinator.contract.state_area import Output
+from coordinator.handout import Handout
 from coordinator.islands import Island
 from coordinator.jobs import Jobs
 from coordinator.policy import Options
@@ -138,6 +140,7 @@ class Vm:
         self._socket: zmq.asyncio.Socket | None = None
         self._doorbells: list[int] = []
         self._outputs: dict[str, Output] = {}
+        self._handout: Handout | None = None
         self._expected_exit = False
 
     # ---- start ---------------------------------------------------------------------------------
@@ -181,6 +184,11 @@ class Vm:
         machine, folder, segment = self.machine, str(self.folder), self.segment
         assert segment is not None
         common: dict[str, Any] = {"vm": machine.name, "runtime": folder, "parent": os.getpid()}
+        common["sandbox"] = self.options.sandbox
+        if self.options.sandbox:
+            self._handout = Handout(handout_path(folder), lambda: self.islands["blockd"].pid)
+        for drive in machine.drives:
+            self.allow(drive)
         incoming = self.options.incoming is not None
         exports = tuple(export_of(d, incoming) for d in machine.drives if d.file is not None)
         self._island("blockd", "blockd.main", BlockdConfig, exports=exports, uuid=machine.uuid, **common)
@@ -217,6 +225,7 @@ class Vm:
             vm=self.machine.name,
             runtime=str(self.folder),
             parent=os.getpid(),
+            sandbox=self.options.sandbox,
         )
 
     async def _wait_for_hellos(self) -> None:
@@ -242,6 +251,11 @@ class Vm:
             mode = start.mode if role == "vcpu0" else "wait"
             load = messages.LoadCpu(serial=self.next_serial(), mode=mode, registers=start.registers)
             await self.command(role, load)
+
+    def allow(self, drive: Drive) -> None:
+        """Let the block daemon have a drive's image, which the user has named."""
+        if self._handout is not None:
+            self._handout.grants.add(drive)
 
     def replace_drive(self, drive: Drive) -> None:
         """A removable drive has another medium now."""
@@ -609,6 +623,8 @@ class Vm:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._socket is not None:
             self._socket.close()
+        if self._handout is not None:
+            self._handout.close()
         self._context.destroy(linger=0)
         if self.segment is not None:
             self.segment.close()

@@ -66,6 +66,7 @@ async def _remove(vm: Vm, old: Drive) -> None:
 
 async def _insert(vm: Vm, new: Drive) -> None:
     assert new.file is not None
+    vm.allow(new)
     export = export_of(new)
     await vm.command("blockd", messages.OpenExport(serial=vm.next_serial(), export=export))
     await vm.command("devhost0", messages.InsertMedium(serial=vm.next_serial(), drive=new))

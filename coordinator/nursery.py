@@ -6,6 +6,7 @@ Nothing here starts a thread or opens a ZeroMQ context; the fork server never ha
 
 from __future__ import annotations
 
+import importlib
 import os
 
 import setproctitle
@@ -17,6 +18,9 @@ import vcpu.main
 from coordinator.islands import NAME_VARIABLE, redirect
 
 PRELOADED = (blockd.main, coordinator.contract.island, devhost.main, vcpu.main)
+
+for _late in blockd.main.LATE:
+    importlib.import_module(_late)
 
 if NAME_VARIABLE in os.environ:  # not where somebody only wants the modules
     redirect(0, os.devnull, os.O_RDONLY)

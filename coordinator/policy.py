@@ -15,3 +15,5 @@ class Options:
     no_shutdown: bool = False
     incoming: str | None = None
     loadvm: str | None = None
+    #: islands give up what they do not need
+    sandbox: bool = True

@@ -21,6 +21,7 @@ import zmq
 from coordinator.contract import island, messages
 from coordinator.contract.config import VcpuConfig
 from coordinator.contract.errors import AtollError, MessageError
+from coordinator.contract.sandbox import Sandbox
 from coordinator.contract.segment import Segment
 from vcpu import load, state
 from vcpu.bus import BusClient
@@ -167,5 +168,9 @@ class Vcpu:
 
 def main(config: VcpuConfig) -> None:
     """Entry point of the process."""
-    island.enter(f"vcpu{config.index}", config.vm, config.parent, config.log)
-    Vcpu(config).serve()
+    role = f"vcpu{config.index}"
+    sandbox = Sandbox("vcpu", role, config.sandbox)
+    island.enter(role, config.vm, config.parent, config.log, sandbox)
+    vcpu = Vcpu(config)
+    sandbox.seal()
+    vcpu.serve()

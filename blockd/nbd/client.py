@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from blockd import handout
 from blockd.nbd.replies import Replies, Request, Violation
 from blockd.nbd.unflushed import Unflushed
 from blockd.nbd.uri import Address
@@ -367,7 +368,7 @@ class Client:
     def _connect(self, deadline: float) -> socket.socket:
         seconds = max(0.01, deadline - self._clock())
         if self._address.socket is None:
-            sock = socket.create_connection((self._address.host, self._address.port), seconds)
+            sock = handout.connected(self._address.host, self._address.port, seconds)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             return sock

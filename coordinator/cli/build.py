@@ -30,6 +30,8 @@ CPU_MODELS = tuple(
 )
 #: what QEMU appends to a name for a variant of it
 CPU_VARIANT = re.compile(r"(-v\d+|-noTSX|-IBRS|-IBPB)+$")
+#: of -sandbox, as QEMU has them
+SANDBOX_PROPERTIES = ("obsolete", "elevateprivileges", "spawn", "resourcecontrol")
 ENGINES, ABSENT_ENGINES = ("interp", "tcg"), ("kvm", "xen", "hvf", "whpx", "nvmm")
 
 
@@ -107,6 +109,16 @@ def _incoming(s: Settings, value: str) -> None:
 
 def _loadvm(s: Settings, value: str) -> None:
     s.options = dataclasses.replace(s.options, loadvm=value)
+
+
+def _sandbox(s: Settings, value: str) -> None:
+    """QEMU's further properties allow what no process of ours needs: they are known, and all stay denied."""
+    kv = KeyValues("sandbox", value, implied="enable")
+    on = kv.flag("enable", True)
+    for name in SANDBOX_PROPERTIES:
+        kv.choice(name, ("allow", "deny", "children"), "deny")
+    kv.done(("enable", *SANDBOX_PROPERTIES))
+    s.options = dataclasses.replace(s.options, sandbox=on)
 
 
 def machine(s: Settings, vga_rom: str | None, rom_size: int) -> Machine:
@@ -357,6 +369,7 @@ _VALUES: dict[str, Callable[[Settings, str], None]] = {
     "netdev": _no_network,
     "rtc": _rtc,
     "incoming": _incoming,
+    "sandbox": _sandbox,
     "loadvm": _loadvm,
     "pidfile": _set("pidfile"),
     "D": _set("log_file"),

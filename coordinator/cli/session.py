@@ -27,11 +27,16 @@ from coordinator.qmp.server import QmpFrontend
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 #: what a shell reports of a program that Ctrl-C ended
 STATUS_INTERRUPTED = 130
+UNCONFINED = (
+    "atoll run: WARNING: -sandbox off: a guest that takes over a process of this machine can do what you can"
+)
 
 
 def run(s: Settings, folder: Path) -> int:
     """Returns the exit status."""
     _start_log(s)
+    if not s.options.sandbox:
+        print(UNCONFINED, file=sys.stderr)
     machine, loader = _machine(s)
     _hint(s)
     return asyncio.run(_run(s, machine, loader, folder))

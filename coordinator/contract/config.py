@@ -137,6 +137,8 @@ class VcpuConfig(msgspec.Struct, frozen=True):
     segment_fd: int
     doorbell_fds: tuple[int, ...]
     log: str | None = None
+    #: it gives up what it does not need, see contract/sandbox
+    sandbox: bool = True
     trace: tuple[str, ...] = ()
 
 
@@ -157,6 +159,8 @@ class DevhostConfig(msgspec.Struct, frozen=True):
     commits: bool = True
     #: for experiments: where to die, see devhost/faults.py
     fault: str = ""
+    #: it gives up what it does not need, see contract/sandbox
+    sandbox: bool = True
 
 
 class Export(msgspec.Struct, frozen=True):
@@ -229,6 +233,8 @@ class BlockdConfig(msgspec.Struct, frozen=True):
     parent: int
     exports: tuple[Export, ...] = ()
     log: str | None = None
+    #: it gives up what it does not need, see contract/sandbox
+    sandbox: bool = True
     #: of the VM, for its leases
     uuid: str = ""
 

@@ -25,6 +25,7 @@ import zmq
 from coordinator.contract import messages
 from coordinator.contract.codec import encode
 from coordinator.contract.config import control_endpoint
+from coordinator.contract.sandbox import Sandbox
 
 #: libzmq's default is 100 ms and more, which a restarted peer would be felt by
 RECONNECT_MS = 1
@@ -32,8 +33,8 @@ RECONNECT_MS = 1
 UNBOUNDED = 0
 
 
-def enter(role: str, vm: str, parent: int, log: str | None) -> None:
-    """Become island ``role`` of machine ``vm``, child of process ``parent``."""
+def enter(role: str, vm: str, parent: int, log: str | None, sandbox: Sandbox | None = None) -> None:
+    """Become island ``role`` of machine ``vm``, child of ``parent``, in the first step of the sandbox."""
     setproctitle.setproctitle(f"atoll {role} {vm}")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -43,6 +44,8 @@ def enter(role: str, vm: str, parent: int, log: str | None) -> None:
         stream=stream, format=f"%(asctime)s {role}: %(message)s", level=logging.INFO, force=True
     )
     faulthandler.enable(stream)
+    if sandbox is not None:
+        sandbox.enter()  # before the first thread
     watch_parent(parent)
 
 
