@@ -73,6 +73,8 @@ class PingPong:
         self._machine: Machine | None = None
         self._standby: asyncio.Task[Machine] | None = None
         self._number = 0
+        #: which of the hosts the guest is at; the next target is at the other one
+        self._here = 0
         #: all that have been made and not ended
         self._alive: set[Machine] = set()
 
@@ -101,16 +103,11 @@ class PingPong:
         await machine.end()
         self._alive.discard(machine)
 
-    @property
-    def _side(self) -> int:
-        """Of the next target."""
-        return self._number % 2
-
     def _prepare_next(self) -> None:
         """Let the next target start while the guest runs."""
 
         async def start() -> Machine:
-            machine = self._machine_at(self._side, "-incoming", "defer")
+            machine = self._machine_at(self._here ^ 1, "-incoming", "defer")
             await machine.start()
             return machine
 
@@ -129,7 +126,7 @@ class PingPong:
         if not self._state.exists():
             await self._boot()
         self._book = Guestbook()
-        machine = self._machine = self._machine_at(self._side, "-incoming", f"file:{self._state}")
+        machine = self._machine = self._machine_at(self._here, "-incoming", f"file:{self._state}")
         machine.listen(self._book.feed)
         await machine.start()
         if await _in_time(self._book.read_after(0), BOOT_SECONDS) is None:
@@ -188,7 +185,7 @@ class PingPong:
         assert source is not None
         target = await self._target()
         ports = free_ports(2)
-        host = self._hosts.sides[self._number % 2 ^ 1]
+        host = self._hosts.sides[self._here ^ 1]
         async with network(self._experiment, host, ports) as address:
             await self._set_up(source, target, host, ports, draw.randint(1, MOST_NTH))
             await asyncio.sleep(draw.uniform(0, SPREAD))
@@ -198,6 +195,7 @@ class PingPong:
             await self._end(source)  # now all that it had to say is here
             target.listen(self._book.feed)
             self._machine = target
+            self._here ^= 1
         else:
             await self._end(target)
         times = attempt.target.get("x-times", {})
