@@ -8,6 +8,7 @@ record and nobody else's.
 from __future__ import annotations
 
 import asyncio
+import time as unix_time
 from typing import Any, Literal, cast
 
 import msgspec
@@ -42,6 +43,10 @@ class TimeRecord(Record, frozen=True):
     wall_ns: int
     tsc_khz: int
     stopped_at_ns: int
+
+    def passed_ns(self, stopped_time: str) -> int:
+        """How far the guest's clock goes ahead when it goes on now, by the parameter ``stopped-time``."""
+        return max(0, unix_time.time_ns() - self.stopped_at_ns) if stopped_time == "passes" else 0
 
 
 class MachineState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

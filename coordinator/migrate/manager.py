@@ -152,9 +152,9 @@ class Manager:
     async def _from_file(self, path: Path, status: Status) -> None:
         status.move("active")
         with file.opened(path) as source:
-            state, _ = await file.read(self._vm, source, str(path))
+            state, stopped = await file.read(self._vm, source, str(path))
         await disks.take(self._vm)
-        await self._vm.arrived(state.runstate)
+        await self._vm.arrived(state.runstate, stopped.passed_ns(self.parameters.stopped_time))
         status.resumed()
 
     async def close(self) -> None:

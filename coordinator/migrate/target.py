@@ -206,8 +206,7 @@ class Target:
         await self._at("resume")
         await self._grant()
         self.vm.epoch = epoch + 1
-        passed = time.time_ns() - self._time.stopped_at_ns if self.parameters.stopped_time == "passes" else 0
-        passed = max(0, passed)
+        passed = self._time.passed_ns(self.parameters.stopped_time)
         await self.vm.arrived(self._state.runstate, passed)
         self.status.resumed()
         self.status.times = {

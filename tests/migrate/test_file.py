@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,10 @@ async def saved(world: World, path: Path) -> Quiet:
     return source
 
 
-def comes(world: World, path: Path) -> Quiet:
-    vm = Quiet(world, world.machines[0].options)
+def comes(world: World, path: Path, stopped_time: str = "stands", start_paused: bool = False) -> Quiet:
+    vm = Quiet(world, replace(world.machines[0].options, start_paused=start_paused))
     vm.state = "inmigrate"
+    vm.migration.set({"stopped-time": stopped_time})
     vm.migration.incoming(f"file:{path}")
     return vm
 
@@ -39,6 +42,24 @@ def test_round_trip(quiet: Run, tmp_path: Path) -> None:
         assert await target.done() == "completed"
         assert (target.runs, target.read()) == (True, 77)
         assert [path.name for path in tmp_path.glob("*state*")] == ["a state"]
+
+    quiet(test)
+
+
+@pytest.mark.parametrize("kind", ["stands", "passes"])
+def test_stopped_time(quiet: Run, tmp_path: Path, kind: str) -> None:
+    """The guest's clock where it goes on; it is not let run, so that it can be read."""
+
+    async def test(world: World) -> None:
+        source = await saved(world, tmp_path / "state")
+        saved_at = time.time_ns()
+        loaded_at = time.time_ns()
+        target = comes(world, tmp_path / "state", kind, start_paused=True)
+        assert await target.done() == "completed"
+        assert source.segment is not None and target.segment is not None
+        before = int(source.segment.header.time.guest_ns)
+        gap = int(target.segment.header.time.guest_ns) - before
+        assert gap == 0 if kind == "stands" else gap >= loaded_at - saved_at
 
     quiet(test)
 
