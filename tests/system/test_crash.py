@@ -1,4 +1,4 @@
-"""Linux reads its CD while its device host is killed again and again: right bytes, and no word of it in the log."""
+"""Linux reads its CD while its device host is killed again and again: right bytes, no word of it."""
 
 import contextlib
 import os
