@@ -61,21 +61,21 @@ def laboratory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laboratory]
     """The migrations of an experiment. All begin with a guest that was booted once; each moved it, and after
     each it read the true contents of the CD, whole."""
     folder = tmp_path_factory.mktemp("laboratory")
+    with hosts(Plan(experiments=()), folder) as sides:
 
-    def run(**fields: Any) -> list[Migration]:
-        made: Experiment = experiment(fields)
-        results = Results(Plan(experiments=(made,)))
-        with hosts(results.plan, folder) as sides:
+        def run(**fields: Any) -> list[Migration]:
+            made: Experiment = experiment(fields)
+            results = Results(Plan(experiments=(made,)))
             state = folder / f"booted-{made.command_timeout}"
             asyncio.run(PingPong(made, sides, folder, state).run(0, results.add))
-        assert len(results.migrations) == made.count
-        for one in results.migrations:
-            assert (one.outcome, one.status, one.error) == ("moved", "completed", ""), one
-            assert one.right > 0 and one.wrong == 0, one
-            assert one.aimed is (None if made.aim is None else True), one
-        return results.migrations
+            assert len(results.migrations) == made.count
+            for one in results.migrations:
+                assert (one.outcome, one.status, one.error) == ("moved", "completed", ""), one
+                assert one.right > 0 and one.wrong == 0, one
+                assert one.aimed is (None if made.aim is None else True), one
+            return results.migrations
 
-    yield run
+        yield run
 
 
 def unnoticed(migrations: Sequence[Migration]) -> None:
