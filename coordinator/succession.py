@@ -79,6 +79,7 @@ class Succession:
         assert vm.segment is not None
         while True:
             dead.append(vm.islands[role])
+            vm.segment.break_locks(dead[-1].pid)
             vm.drain_output(role)
             if self._hopeless(role):
                 await vm.mourn(role)

@@ -330,10 +330,10 @@ class Pc:
         slots = [*self.slots.values(), self._rest]
         order = {"pc": 0, "pic": 2}  # the clock first; the PIC knows the levels of its inputs
         self.service.commits.load(sorted(slots, key=lambda slot: order.get(slot.name, 1)))
+        self.service.commits.resume()  # first: a vCPU that waits for a time source could not take a map
         self.bus.show_ports()
         self._quiet = False
         self.memory_changed()
-        self.service.commits.resume()
         self.irq.show()
         for pin in self._direct.values():
             pin.show()

@@ -38,25 +38,70 @@ long seg_futex(uint32_t *word, int op, uint32_t value, const void *timeout)
     return syscall(SYS_futex, word, op, value, timeout, NULL, FUTEX_BITSET_MATCH_ANY);
 }
 
+#define LOCK_WAITED 1u /* somebody sleeps on the word; above it the PID of who holds it, 0 = nobody */
+
+/* No process of a machine is forked from one that has held a lock, so the number is its own for good. */
+static uint32_t lock_mine(void)
+{
+    static uint32_t mine;
+    if (!mine) {
+        mine = (uint32_t)getpid() << 1;
+    }
+    return mine;
+}
+
 void seg_lock(uint32_t *word)
 {
-    uint32_t seen = 0;
+    uint32_t mine = lock_mine(), seen = 0;
     for (int i = 0; i < SPINS; i++) {
         seen = 0;
-        if (__atomic_compare_exchange_n(word, &seen, 1, false, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED)) {
+        if (__atomic_compare_exchange_n(word, &seen, mine, false, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED)) {
             return;
         }
         seg_pause();
     }
-    while (seg_swap(word, 2) != 0) {
-        seg_futex(word, FUTEX_WAIT, 2, NULL);
+    for (;;) {
+        seen = 0; /* who has slept takes it as waited for: others may sleep as well */
+        if (__atomic_compare_exchange_n(word, &seen, mine | LOCK_WAITED, false, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED)) {
+            return;
+        }
+        if (seen & LOCK_WAITED || __atomic_compare_exchange_n(word, &seen, seen | LOCK_WAITED, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+            seg_futex(word, FUTEX_WAIT, seen | LOCK_WAITED, NULL);
+        }
     }
 }
 
 void seg_unlock(uint32_t *word)
 {
-    if (seg_swap(word, 0) == 2) {
+    if (seg_swap(word, 0) & LOCK_WAITED) {
         seg_futex(word, FUTEX_WAKE, 1, NULL);
+    }
+}
+
+static bool lock_break(uint32_t *word, uint32_t pid)
+{
+    if (!pid || seg_load_sc(word) >> 1 != pid) {
+        return false;
+    }
+    seg_store_sc(word, 0);
+    seg_futex(word, FUTEX_WAKE, INT32_MAX, NULL);
+    return true;
+}
+
+void seg_break_locks(struct seg_header *seg, uint32_t pid)
+{
+    struct code_log *log = seg_code(seg);
+    bool code = false;
+    lock_break(&seg->map_lock, pid); /* what it was building is built anew by whoever publishes next */
+    for (uint32_t i = 0; i < SEG_PAGE_LOCKS; i++) {
+        code |= lock_break(&log->page_lock[i], pid);
+    }
+    if (code) { /* an event may be drawn and not filled, or not drawn: every reader has fallen behind and drops all */
+        seg_add(&log->head, SEG_CODE_SLOTS + 1);
+        vcpu_attend_all(seg, ATTN_CODE);
+    }
+    if (lock_break(&seg_fabric(seg)->lock, pid)) {
+        fabric_resolve(seg); /* a level may have risen and not been looked at; edges are sent before they are noted */
     }
 }
 

@@ -42,6 +42,9 @@ void vcpu_map_ack(struct seg_header *seg, uint32_t vcpu);
 int seg_world_stop(struct seg_header *seg, uint32_t vcpu);
 void seg_world_resume(struct seg_header *seg, uint32_t vcpu);        /* harmless when not held */
 
+/* Process `pid` has died: what it held of the segment's locks is free again, and what they guard is made good. */
+void seg_break_locks(struct seg_header *seg, uint32_t pid);
+
 /* ---- map (map.c) ---- */
 /* Copies the region that holds gpa; 1, or 0 where there is none. */
 int seg_map_find(const struct seg_header *seg, uint64_t gpa, struct map_region *out);

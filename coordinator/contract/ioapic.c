@@ -74,14 +74,15 @@ void pin_set(struct seg_header *seg, uint32_t pin, uint32_t source, int level)
     seg_lock(&f->lock);
     uint32_t before = f->pin_sources[pin];
     uint32_t after = level ? before | bit : before & ~bit;
-    f->pin_sources[pin] = after;
-    if (!before && after) {
-        uint64_t entry = f->ioapic.redirection[pin];
-        if (level_triggered(entry)) {
-            resolve_level(seg, pin);
-        } else if (!(entry & RTE_MASKED)) { /* an edge at a masked pin is ignored, not held */
-            send(seg, pin);
-        }
+    uint64_t entry = f->ioapic.redirection[pin];
+    /* An edge at a masked pin is ignored, not held. It is sent before it is noted: who dies in between is followed by one
+     * that raises the pin again (devhost/commit.py), and a rise that has been noted is none. */
+    if (!before && after && !level_triggered(entry) && !(entry & RTE_MASKED)) {
+        send(seg, pin);
+    }
+    seg_store(&f->pin_sources[pin], after);
+    if (!before && after && level_triggered(entry)) {
+        resolve_level(seg, pin);
     }
     seg_unlock(&f->lock);
 }

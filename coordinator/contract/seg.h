@@ -48,7 +48,7 @@ static inline void seg_pause(void) { __builtin_ia32_pause(); }
 
 /* ---- attention.c: not for Python ---- */
 long seg_futex(uint32_t *word, int op, uint32_t value, const void *timeout);
-/* A lock word: 0 free, 1 held, 2 held and waited for. Held for nanoseconds. */
+/* A lock word: 0 free, else the PID of who holds it << 1, bit 0: waited for. Held for nanoseconds. */
 void seg_lock(uint32_t *word);
 void seg_unlock(uint32_t *word);
 

@@ -343,6 +343,10 @@ class Segment:
         """A control message has been sent to this vCPU: make it leave the guest and read it."""
         lib.seg_call(self.header, vcpu)
 
+    def break_locks(self, pid: int) -> None:
+        """Process ``pid`` has died: free what it held."""
+        lib.seg_break_locks(self.header, pid)
+
     # ---- map -----------------------------------------------------------------------------------
     def publish_map(self, regions: Iterable[RegionLike]) -> None:
         """Put a memory map in force; returns when every vCPU has it."""

@@ -11,6 +11,7 @@ from typing import ClassVar, TypeVar
 
 import msgspec
 
+from coordinator.contract.codec import encode
 from coordinator.contract.errors import RecordError
 
 
@@ -34,8 +35,8 @@ R = TypeVar("R", bound=Record)
 
 def pack(record: Record) -> bytes:
     """Encode a record with its kind and version."""
-    data = msgspec.Raw(msgspec.msgpack.encode(record))
-    return msgspec.msgpack.encode(Envelope(type(record).kind, type(record).version, data))
+    data = msgspec.Raw(encode(record))
+    return encode(Envelope(type(record).kind, type(record).version, data))
 
 
 def unpack(blob: bytes, record_type: type[R]) -> R:

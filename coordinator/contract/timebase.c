@@ -30,9 +30,10 @@ static bool read_again(const uint32_t *seq, uint32_t s)
     return __atomic_load_n(seq, __ATOMIC_RELAXED) != s;
 }
 
+/* Odd as well where another writer has died inside. */
 static void write_begin(uint32_t *seq)
 {
-    __atomic_store_n(seq, *seq + 1, __ATOMIC_RELAXED);
+    __atomic_store_n(seq, (*seq + 1) | 1, __ATOMIC_RELAXED);
     atomic_thread_fence(memory_order_seq_cst);
 }
 
@@ -112,7 +113,7 @@ uint64_t time_source_read(const struct seg_header *seg, uint32_t source)
 void time_source_set(struct seg_header *seg, uint32_t source, uint32_t running, uint64_t offset_ns, uint64_t frozen)
 {
     struct time_source *t = &seg->time_source[source % SEG_MAX_TIME_SOURCES];
-    if (t->running == running && t->offset_ns == offset_ns && t->frozen == frozen) {
+    if (t->running == running && t->offset_ns == offset_ns && t->frozen == frozen && !(t->seq & 1)) {
         return;
     }
     write_begin(&t->seq);

@@ -7,6 +7,7 @@ pulse, so the counting element holds N at tick t + 1 and N - k at t + 1 + k.
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Annotated
 
 import msgspec
@@ -45,6 +46,9 @@ class ChannelState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     high_next: bool
     latched: _Word | None
     latched_status: U8 | None
+
+
+_STATE = attrgetter(*ChannelState.__struct_fields__)
 
 
 def _decode(value: int, bcd: bool) -> int:
@@ -264,7 +268,7 @@ class Channel:
 
     # ---- state -----------------------------------------------------------------------------------
     def save(self) -> ChannelState:
-        return ChannelState(**{name: getattr(self, name) for name in ChannelState.__struct_fields__})
+        return ChannelState(*_STATE(self))
 
     def load(self, state: ChannelState) -> None:
         for name in ChannelState.__struct_fields__:

@@ -10,6 +10,7 @@ acknowledge (8259A, "Edge and level triggered modes"), which gives the default I
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import ClassVar
 
 import msgspec
@@ -61,6 +62,9 @@ class PicState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     special_mask: bool
     poll: bool
     read_isr: bool
+
+
+_STATE = attrgetter(*PicState.__struct_fields__)
 
 
 class I8259Record(Record, frozen=True, kw_only=True):
@@ -213,7 +217,7 @@ class Pic:
         return 4 if self.icw1 & ICW1_IC4 else 0
 
     def save(self) -> PicState:
-        return PicState(**{name: getattr(self, name) for name in PicState.__struct_fields__})
+        return PicState(*_STATE(self))
 
     def load(self, state: PicState) -> None:
         for name in PicState.__struct_fields__:

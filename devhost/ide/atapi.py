@@ -354,8 +354,9 @@ class AtapiDrive(Drive):
         return old_record.older(state) if self.policy.stream is Stream.V0 else state
 
     def whole(self) -> AtapiState:
+        key, asc, ascq, information = self.sense
         unit = UnitState(
-            sense=SenseState(**self.sense._asdict()),
+            sense=SenseState(key=key, asc=asc, ascq=ascq, information=information),
             attention=tuple(self.attention),
             events=tuple(self.events),
             tray_open=self.tray_open,

