@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import msgspec
 
 from blockd import scratch
+from blockd.hostfile import read_only_hint
 from blockd.image import Buffer, Image
 from blockd.nbd.contexts import contexts_of
 from blockd.nbd.remote import NbdImage
@@ -200,7 +201,7 @@ def open_qcow2(wanted: config.Export) -> Image:
     image = open_named(
         wanted.file, "qcow2", read_only, chain=chain, open_file=opener, locked=locked, snapshot=snapshot
     )
-    if image.size % DISK_SECTOR or not image.size:
+    if image.size % DISK_SECTOR:
         size = image.size
         image.close()
         raise BlockError(f"{wanted.file}: a disk of {size} bytes has no whole number of sectors", 22)
@@ -215,13 +216,17 @@ def open_probed(wanted: config.Export) -> Image:
     if wanted.read_only or wanted.load_snapshot or wanted.media is config.Media.CDROM or wanted.inactive:
         return open_raw(wanted)
     log.warning(
-        "%s: no format was given, and raw was guessed; say format=raw to lift limits on block 0", wanted.file
+        "%s: no format was given, and raw was guessed; say %s to lift limits on block 0",
+        wanted.file,
+        wanted.raw_option,
     )
     kind = ProbedNbdImage if is_network_name(wanted.file) else ProbedRawImage
-    return kind(wanted.file, granularity=DISK_SECTOR if wanted.sectors else 1)
+    image = kind(wanted.file, granularity=DISK_SECTOR if wanted.sectors else 1)
+    image.raw_option = wanted.raw_option
+    return image
 
 
-def _check_start(image: Image, offset: int, data: Buffer) -> None:
+def _check_start(image: ProbedRawImage | ProbedNbdImage, offset: int, data: Buffer) -> None:
     """EPERM when a write would make the first bytes of a raw disk those of another format."""
     if offset < len(MAGIC):
         start = bytearray(len(MAGIC))
@@ -229,7 +234,7 @@ def _check_start(image: Image, offset: int, data: Buffer) -> None:
         new = bytes(data[: len(MAGIC) - offset])
         start[offset : offset + len(new)] = new
         if bytes(start) == MAGIC:
-            text = f"{image.file}: block 0 would make it look like qcow2; say format=raw"
+            text = f"{image.file}: block 0 would make it look like qcow2; say {image.raw_option}"
             raise OSError(errno.EPERM, text)
 
 
@@ -237,6 +242,7 @@ class ProbedRawImage(RawImage):
     """A raw disk that stays one."""
 
     judged_below = len(MAGIC)
+    raw_option = "format=raw"
 
     def write(self, offset: int, data: Buffer, fua: bool = False) -> None:
         _check_start(self, offset, data)
@@ -245,6 +251,8 @@ class ProbedRawImage(RawImage):
 
 class ProbedNbdImage(NbdImage):
     """The same on a server."""
+
+    raw_option = "format=raw"
 
     def write(self, offset: int, data: Buffer, fua: bool = False) -> None:
         _check_start(self, offset, data)
@@ -280,8 +288,13 @@ def open_image(wanted: config.Export) -> Image:
         known = ", ".join(sorted(FORMATS))
         raise BlockError(f"{wanted.file}: format {wanted.format!r} is unknown (known: {known})", 22)
     if wanted.snapshot and wanted.media is config.Media.DISK:
-        return open_throwaway(wanted)
-    return opener(wanted)
+        opener = open_throwaway
+    with read_only_hint(wanted.read_only_option):
+        image = opener(wanted)
+    if not image.size:  # no drive has a medium without sectors
+        image.close()
+        raise BlockError(f"{wanted.file}: is empty", errno.EINVAL)
+    return image
 
 
 class ExportTable:

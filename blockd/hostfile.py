@@ -5,11 +5,13 @@ System calls: preadv2(2), pwritev2(2), fallocate(2), fdatasync(2), ftruncate(2).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
 import os
 import stat
+from collections.abc import Iterator
 
 from blockd import handout
 from blockd.locks import lock_image
@@ -47,6 +49,19 @@ def _open(file: str, access: int) -> int:
         return handout.open_readable(file)  # a medium that has come since the sandbox was closed
 
 
+class NotWritable(BlockError):
+    """It was to be written, and cannot be."""
+
+
+@contextlib.contextmanager
+def read_only_hint(option: str) -> Iterator[None]:
+    """What cannot be written is told with the option of the caller's that asks for less."""
+    try:
+        yield
+    except NotWritable as error:
+        raise NotWritable(f"{error} ({option} asks for less)", error.errno) from None
+
+
 def open_file(file: str, read_only: bool) -> int:
     """A descriptor, or BlockError in one line. O_NONBLOCK so that a FIFO does not hang, and is refused
     afterwards."""
@@ -54,10 +69,10 @@ def open_file(file: str, read_only: bool) -> int:
     try:
         fd = _open(file, access)
     except OSError as error:
-        text = f"{file}: cannot be opened: {os.strerror(error.errno or 0)}"
+        reason = os.strerror(error.errno or 0)
         if not read_only and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            text += " (for writing; readonly=on asks for less)"
-        raise BlockError(text, error.errno or errno.EIO) from None
+            raise NotWritable(f"{file}: cannot be opened for writing: {reason}", error.errno) from None
+        raise BlockError(f"{file}: cannot be opened: {reason}", error.errno or errno.EIO) from None
     except ValueError:
         raise BlockError(f"{file!r}: is no file name", errno.EINVAL) from None
     fcntl.fcntl(fd, fcntl.F_SETFL, access)

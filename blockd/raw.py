@@ -172,6 +172,4 @@ def _stored_size(fd: int, file: str) -> int:
     except OSError as error:
         reason = os.strerror(error.errno or 0)
         raise BlockError(f"{file}: cannot be read: {reason}", error.errno or errno.EIO) from None
-    if size == 0:
-        raise BlockError(f"{file}: is empty", errno.EINVAL)
     return size

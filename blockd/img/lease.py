@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from blockd.img import common
@@ -10,6 +11,7 @@ from blockd.lease.lease import Claim, acquire
 from blockd.lease.record import Owner
 from blockd.lease.slot import Found, Slot
 from coordinator.contract.errors import BlockError
+from coordinator.contract.nbd import is_network_name
 
 
 def run(arguments: list[str]) -> int:
@@ -20,8 +22,11 @@ def run(arguments: list[str]) -> int:
     )
     parser.add_argument("file")
     given = parser.parse_intermixed_args(arguments)
+    if is_network_name(given.file):
+        raise BlockError(f"{given.file}: an export has no lease; only its server knows who writes it", 95)
     slot = Slot(given.file)
     try:
+        os.stat(given.file)
         seen = slot.look()
     except OSError as error:
         raise BlockError(f"{given.file}: {error.strerror}", error.errno or 5) from None

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from blockd.export import Export, ExportTable, open_image
+from blockd.hostfile import read_only_hint
 from blockd.image import Image
 from blockd.lease.image import LeasedImage
 from blockd.lease.lease import Claim, Lease, acquire
@@ -43,7 +44,10 @@ class LeasedExports:
             for each in exports
             if each.leased and not each.inactive
         ]
-        leases = acquire(claims, self.owner, self.folder_type) if claims else {}
+        leases: dict[str, Lease | None] = {}
+        if claims:
+            with read_only_hint(exports[0].read_only_option):  # one user has written all of them
+                leases = acquire(claims, self.owner, self.folder_type)
         opened: list[Export] = []
         try:
             for each in exports:

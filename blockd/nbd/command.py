@@ -216,6 +216,8 @@ def _export(given: argparse.Namespace) -> Export:
         bitmaps=tuple(given.bitmap),
         discard=given.discard in ("unmap", "on"),
         sectors=False,
+        read_only_option="-r",
+        raw_option="-f raw",
     )
 
 

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
+from blockd.hostfile import NotWritable
 from blockd.image import Buffer, Extent, Image
 from blockd.nbd.client import Client
 from blockd.nbd.replies import Request
@@ -43,14 +44,11 @@ class NbdImage(Image):
         rest = info.size % granularity
         self.size = info.size + (granularity - rest if rest else 0)
         try:
-            if not info.size:
-                raise BlockError(f"{file}: is empty", errno.EINVAL)
             if rest and not pad:
                 text = f"{file}: size {info.size} is not a multiple of {granularity} bytes"
                 raise BlockError(text, errno.EINVAL)
             if not read_only and self._client.has(TransmissionFlag.READ_ONLY):
-                text = f"{file}: is served read-only (readonly=on asks for no more)"
-                raise BlockError(text, errno.EACCES)
+                raise NotWritable(f"{file}: is served read-only", errno.EACCES)
         except BlockError:
             self._client.close()
             raise

@@ -188,6 +188,9 @@ class Export(msgspec.Struct, frozen=True):
     discard: bool = True
     #: False when a raw image need not be in whole sectors
     sectors: bool = True
+    #: what the user would write to open it read-only, and as a raw image: for errors
+    read_only_option: str = "readonly=on"
+    raw_option: str = "format=raw"
     #: how it is leased if it is written
     lease: LeasePolicy = LeasePolicy.OFF
 

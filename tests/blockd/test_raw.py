@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from blockd.export import open_image
 from blockd.image import Extent
+from blockd.qcow2.create import Options, create
 from blockd.raw import RawImage
+from coordinator.contract.config import Export, Media
 from coordinator.contract.errors import BlockError
 from tests.blockd.conftest import make_image
 
@@ -113,7 +116,51 @@ def test_directory(tmp_path: Path) -> None:
 
 
 def test_empty(tmp_path: Path) -> None:
-    check_refused(make_image(tmp_path / "disk", 0), "empty", errno.EINVAL)
+    """An image may be empty; no drive has such a medium."""
+    file = make_image(tmp_path / "disk", 0)
+    image = RawImage(file)
+    assert image.size == 0 and list(image.extents(0, 0)) == []
+    image.close()
+    before = os.listdir("/proc/self/fd")
+    for media in Media:
+        with pytest.raises(BlockError, match=f"{file}: is empty"):
+            open_image(Export("x", file, media=media))
+    create(file, Options(0))
+    for image_format in ("qcow2", "auto"):
+        with pytest.raises(BlockError, match=f"{file}: is empty"):
+            open_image(Export("x", file, image_format))
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_what_cannot_be_written_names_the_callers_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As root nothing lacks a permission, so the system call says so."""
+    file = make_image(tmp_path / "disk")
+    opened = os.open
+
+    def refuse(path: str, flags: int, *mode: int) -> int:
+        if path == file and flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return opened(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", refuse)
+    text = f"{file}: cannot be opened for writing: Permission denied"
+    for option in ("readonly=on", "-r"):
+        with pytest.raises(BlockError) as caught:
+            open_image(Export("x", file, read_only_option=option))
+        assert str(caught.value) == f"{text} ({option} asks for less)"
+    with pytest.raises(BlockError) as caught:
+        RawImage(file)
+    assert str(caught.value) == text
+
+
+@pytest.mark.parametrize("option", ["format=raw", "-f raw"])
+def test_a_probed_disk_names_the_callers_option(tmp_path: Path, option: str) -> None:
+    image = open_image(Export("x", make_image(tmp_path / "disk"), "auto", raw_option=option))
+    with pytest.raises(OSError, match=f"say {option}$"):
+        image.write(0, b"QFI\xfb")
+    image.close()
 
 
 def test_odd_size(tmp_path: Path) -> None:
@@ -138,7 +185,7 @@ def test_unreadable_and_unwritable(runtime: Path) -> None:
     if privileged:
         os.seteuid(NOBODY)
     try:
-        check_refused(file, "Permission denied (for writing;", errno.EACCES)
+        check_refused(file, "cannot be opened for writing: Permission denied", errno.EACCES)
         if privileged:
             RawImage(file, read_only=True).close()
     finally:

@@ -236,6 +236,8 @@ def test_the_lease_tool(
         return "".join(capsys.readouterr()).strip()
 
     assert says(file) == f"{file}: no lease" == says("--break", file)
+    assert "none: No such file" in says(f"{file}-none", status=1)
+    assert "an export has no lease" in says("nbd://localhost/x", status=1)
     daemon = Daemon(runtime / "1", Export("hd0", file, lease=TAKE))
     daemons.append(daemon)
     assert says(file).startswith(f"{file}: epoch 1, VM 'vm-1' on host ")

@@ -234,7 +234,6 @@ def options(*answers: bytes) -> Script:
 NO = option_reply(8, 1 << 31 | 1)
 HANDSHAKES: dict[str, tuple[Script, str]] = {
     "negative size": (told(-4096), "impossible size"),
-    "no bytes": (told(0), "is empty"),
     "blocks of no bytes": (told(1 << 20, sizes=(0, 512, 4096)), "impossible block sizes"),
     "odd blocks": (told(1 << 20, sizes=(3, 512, 4096)), "impossible block sizes"),
     "large blocks": (told(1 << 20, sizes=(1 << 17, 1 << 17, 1 << 17)), "serves only requests of"),

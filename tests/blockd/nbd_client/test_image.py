@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from blockd.export import open_image
 from blockd.image import Extent
 from blockd.nbd.remote import NbdImage
 from blockd.nbd.replies import Request
@@ -219,8 +220,12 @@ def test_odd_sizes(nbdkit: Start) -> None:
     path = nbdkit("data", "data=(@0x7 1)*1000")
     with pytest.raises(BlockError, match="size .* is not a multiple of 512 bytes"):
         NbdImage(name(path), read_only=True)
+    empty = name(nbdkit("memory", "size=0"))
+    image = NbdImage(empty, read_only=True)
+    assert image.size == 0 and list(image.extents(0, 0)) == []
+    image.close()
     with pytest.raises(BlockError, match="is empty"):
-        NbdImage(name(nbdkit("memory", "size=0")), read_only=True)
+        open_image(Export("hd0", empty, read_only=True))
     path = nbdkit("memory", "size=1000")
     image = NbdImage(name(path), pad=True, granularity=2048)
     image.write(990, b"0123456789")

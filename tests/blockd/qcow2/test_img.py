@@ -309,6 +309,22 @@ def test_other_formats_are_refused_by_name(tmp_path: Path, name: str) -> None:
     img("convert", "-f", "raw", file, str(tmp_path / "copy"))
 
 
+def test_empty_raw_images(tmp_path: Path) -> None:
+    """Every command takes them, as qemu-img does."""
+    file, copy, disk = (str(tmp_path / name) for name in ("disk", "copy", "disk.qcow2"))
+    Path(file).write_bytes(b"")
+    assert "virtual size: 0 B (0 bytes)" in img("info", file)
+    assert json.loads(img("map", "--output=json", file)) == []  # qemu-img tells of an extent without length
+    img("convert", file, copy)
+    assert os.stat(copy).st_size == 0
+    img("convert", "-O", "qcow2", file, disk)
+    qemu_check(disk)
+    assert img("compare", file, copy) == qemu_img("compare", "-f", "raw", "-F", "raw", file, copy)
+    assert img("compare", file, disk) == qemu_img("compare", "-f", "raw", "-F", "qcow2", file, disk)
+    img("resize", "-f", "raw", file, "1M")
+    assert Path(file).read_bytes() == bytes(MIB)
+
+
 def test_preallocation_of_raw_images(tmp_path: Path) -> None:
     """The modes are qemu-img's; a wrong one changes nothing."""
     file = str(tmp_path / "disk")
