@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import re
+import stat
 import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -16,7 +17,8 @@ from blockd import opening
 from blockd.image import Image
 from blockd.locks import lock_image
 from blockd.opening import FORMATS, probe
-from blockd.qcow2.backing import Chain
+from blockd.qcow2.backing import Chain, resolve
+from blockd.qcow2.create import Options, create
 from blockd.qcow2.image import Qcow2Image
 from coordinator.contract.errors import BlockError, UsageError
 from coordinator.contract.nbd import is_network_name
@@ -116,15 +118,66 @@ def refuse_to_create(file: str) -> None:
         raise BlockError(f"{file}: cannot be created over NBD", errno.ENOTSUP)
 
 
-def make_raw(file: str, disk_size: int) -> None:
+class Making:
+    """Images that are being made: see ``discarded_on_failure``."""
+
+    def __init__(self) -> None:
+        #: file, and whether it was there before
+        self._made: list[tuple[str, bool]] = []
+
+    def raw(self, file: str, disk_size: int) -> None:
+        existed = os.path.lexists(file)
+        _make_raw(file, disk_size)
+        self._made.append((file, existed))
+
+    def qcow2(self, file: str, options: Options) -> None:
+        """With its external data file, if it has one."""
+        refuse_to_create(file)
+        options.check()
+        if options.data_file is not None:
+            self.raw(resolve(file, options.data_file, ("*",), "data file"), options.size)
+        existed = os.path.lexists(file)
+        create(file, options)
+        self._made.append((file, existed))
+
+    def discard(self) -> None:
+        for file, existed in self._made:
+            with contextlib.suppress(OSError):
+                if not stat.S_ISREG(os.stat(file).st_mode):
+                    continue
+                if existed:
+                    os.truncate(file, 0)
+                else:
+                    os.unlink(file)
+
+
+@contextlib.contextmanager
+def discarded_on_failure() -> Iterator[Making]:
+    """A half image is not left to be mistaken for a whole one: what was made within is removed if it is new,
+    and emptied if it was overwritten."""
+    making = Making()
+    try:
+        yield making
+    except BaseException:
+        making.discard()
+        raise
+
+
+def _make_raw(file: str, disk_size: int) -> None:
     """A raw image of zeroes; what was there is gone."""
     refuse_to_create(file)
+    made = not os.path.lexists(file)
     try:
         fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             lock_image(fd, file, writable=True)  # what another process uses is not overwritten
             os.ftruncate(fd, 0)
-            os.ftruncate(fd, disk_size)
+            try:
+                os.ftruncate(fd, disk_size)
+            except OSError:
+                if made:
+                    os.unlink(file)
+                raise
         finally:
             os.close(fd)
     except OSError as error:

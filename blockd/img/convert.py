@@ -12,7 +12,6 @@ import contextlib
 import errno
 import os
 import signal
-import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -24,9 +23,7 @@ from blockd.image import Image
 from blockd.img import common, copying
 from blockd.img.copying import Piece
 from blockd.img.create import parse_options, preallocate, qcow2_options
-from blockd.qcow2.backing import resolve
 from blockd.qcow2.compression import compress
-from blockd.qcow2.create import create
 from blockd.qcow2.image import Qcow2Image
 from blockd.raw import RawImage
 from coordinator.contract.errors import BlockError, UsageError
@@ -126,7 +123,6 @@ def _check(given: argparse.Namespace, target_format: str) -> None:
 
 
 def _convert(source: Image, given: argparse.Namespace, target_format: str) -> None:
-    existed = os.path.exists(given.target)
     names = []
     if given.bitmaps:
         from blockd.img import bitmap_copy  # slow to import, and rarely used
@@ -134,10 +130,10 @@ def _convert(source: Image, given: argparse.Namespace, target_format: str) -> No
         names = bitmap_copy.chosen(source, given.skip_broken_bitmaps)
     with _interruptible():
         try:
-            preallocation = "off"
-            if not given.existing:
-                preallocation = _create(given, target_format, source.size)
-            with _discarded_on_failure(given, existed):
+            with common.discarded_on_failure() as making:
+                preallocation = "off"
+                if not given.existing:
+                    preallocation = _create(making, given, target_format, source.size)
                 if preallocation != "off":
                     preallocate(given.target, preallocation)
                 if source.size:
@@ -174,37 +170,19 @@ def _interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def _discarded_on_failure(given: argparse.Namespace, existed: bool) -> Iterator[None]:
-    """A half image is not left to be mistaken for a whole one."""
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError):
-            if not given.existing and stat.S_ISREG(os.stat(given.target).st_mode):
-                if existed:
-                    os.truncate(given.target, 0)
-                else:
-                    os.unlink(given.target)
-        raise
-
-
-def _create(given: argparse.Namespace, target_format: str, disk_size: int) -> str:
+def _create(making: common.Making, given: argparse.Namespace, target_format: str, disk_size: int) -> str:
     """Make the target; returns how it is to be preallocated."""
     named = parse_options(given.options)
     if is_network_name(given.target):
         text = f"{given.target}: an export cannot be created; -n writes to one that is there"
         raise BlockError(text, errno.ENOTSUP)
     if target_format == "raw":
-        common.make_raw(given.target, disk_size)
+        making.raw(given.target, disk_size)
         return "off"
     options, preallocation = qcow2_options(disk_size, named)
     if given.backing is not None:
         options.backing_file, options.backing_format = given.backing, given.backing_format
-    options.check()
-    if options.data_file is not None:
-        common.make_raw(resolve(given.target, options.data_file, ("*",), "data file"), disk_size)
-    create(given.target, options)
+    making.qcow2(given.target, options)
     return preallocation
 
 

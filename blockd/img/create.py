@@ -8,7 +8,7 @@ from blockd import opening
 from blockd.hostfile import HostFile
 from blockd.img import common
 from blockd.qcow2.backing import Chain, plain_path, resolve
-from blockd.qcow2.create import Options, create
+from blockd.qcow2.create import Options
 from blockd.qcow2.image import Qcow2Image
 from blockd.qcow2.operations import at_rest
 from coordinator.contract.errors import BlockError, UsageError
@@ -102,13 +102,11 @@ def run(arguments: list[str]) -> int:
         _check_backing(given.file, options, given.allow_backing)
     if options.size < 0:
         raise UsageError("create: a size is needed")
-    options.check()
-    if options.data_file is not None:
-        common.make_raw(resolve(given.file, options.data_file, ("*",), "data file"), options.size)
-    create(given.file, options)
-    if preallocation != "off":
-        with common.told_of(given.file):
-            preallocate(given.file, preallocation)
+    with common.discarded_on_failure() as making:
+        making.qcow2(given.file, options)
+        if preallocation != "off":
+            with common.told_of(given.file):
+                preallocate(given.file, preallocation)
     if not given.quiet:
         print(_formatting(given.file, options, preallocation))
     return 0
@@ -125,9 +123,10 @@ def _raw(file: str, named: dict[str, str], quiet: bool) -> int:
     if preallocation not in RAW_PREALLOCATION:
         text = f"preallocation={preallocation} is not for raw images; choose {', '.join(RAW_PREALLOCATION)}"
         raise UsageError(text)
-    common.make_raw(file, disk_size)
-    if preallocation != "off":
-        reserve_raw(file, 0, disk_size)
+    with common.discarded_on_failure() as making:
+        making.raw(file, disk_size)
+        if preallocation != "off":
+            reserve_raw(file, 0, disk_size)
     if not quiet:
         print(f"Formatting '{file}', fmt=raw size={disk_size}")
     return 0

@@ -309,6 +309,58 @@ def test_other_formats_are_refused_by_name(tmp_path: Path, name: str) -> None:
     img("convert", "-f", "raw", file, str(tmp_path / "copy"))
 
 
+FAILING = [("raw", "falloc"), ("qcow2", "falloc"), ("qcow2", "full"), ("qcow2", "falloc,data_file=d")]
+
+
+@pytest.mark.parametrize("image_format,options", FAILING)
+def test_what_could_not_be_made_does_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image_format: str, options: str
+) -> None:
+    """A full disk; a file that was there is emptied, one that another process uses is left alone."""
+
+    def full(host: HostFile, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fails(command: str, *arguments: str) -> str:
+        how = ("-o", f"preallocation={options.replace('=d', f'={data}')}")
+        told = img(command, *how, *arguments, status=1)
+        assert told.count("\n") == 1
+        return told
+
+    file, data, source = (str(tmp_path / name) for name in ("disk", "data", "source"))
+    Path(source).write_bytes(bytes(MIB))
+    commands = [("create", "-f", image_format, file, "1M")]
+    if image_format == "qcow2":
+        commands.append(("convert", "-O", image_format, source, file))
+    monkeypatch.setattr(HostFile, "reserve", full)
+    for command in commands:
+        assert "No space left" in fails(*command)
+        assert os.listdir(tmp_path) == ["source"]
+        Path(file).write_bytes(b"old")
+        fails(*command)
+        assert Path(file).read_bytes() == b"" and not os.path.exists(data)
+        Path(file).write_bytes(bytes(512))
+        with contextlib.closing(open_image(file, "raw")):
+            assert "is locked" in fails(*command)
+            assert os.stat(file).st_size == 512 and not os.path.exists(data)
+        os.unlink(file)
+
+
+def test_a_raw_image_too_large_for_the_file_system_does_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truncate = os.ftruncate
+
+    def limited(fd: int, size: int) -> None:
+        if size:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        truncate(fd, size)
+
+    monkeypatch.setattr(os, "ftruncate", limited)
+    assert "File too large" in img("create", str(tmp_path / "disk"), "1M", status=1)
+    assert os.listdir(tmp_path) == []
+
+
 def test_empty_raw_images(tmp_path: Path) -> None:
     """Every command takes them, as qemu-img does."""
     file, copy, disk = (str(tmp_path / name) for name in ("disk", "copy", "disk.qcow2"))
