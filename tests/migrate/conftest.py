@@ -25,7 +25,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture
 def quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """Runs a test among machines without islands, in which nothing waits long; never two may run."""
-    shutil.rmtree(decision.folder(), ignore_errors=True)  # records of machines that were killed in other tests
+    shutil.rmtree(decision.folder(), ignore_errors=True)  # of machines killed in other tests
     monkeypatch.setattr(source, "REMIND_SECONDS", 0.03)
     monkeypatch.setattr(source, "FAREWELL_SECONDS", 0.3)
     monkeypatch.setattr(source, "REASON_SECONDS", 0.1)
