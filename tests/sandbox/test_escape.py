@@ -85,3 +85,25 @@ print([line.split()[1] for line in open("/proc/self/status") if line.startswith(
     done = run("-c", code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "['0', '0']"
+
+
+def test_a_kernel_without_landlock_is_said_once_and_the_rest_is_done() -> None:
+    code = """
+import errno, logging, os
+from coordinator.contract import sandbox
+logging.basicConfig(format="%(message)s")
+class Older:  # landlock_create_ruleset(2) where there is no Landlock
+    def __getattr__(self, name): return getattr(real, name)
+    def sandbox_landlock_version(self): return -errno.ENOSYS
+real, sandbox.lib = sandbox.lib, Older()
+status = os.open("/proc/self/status", os.O_RDONLY)
+confined = sandbox.Sandbox("blockd", "blockd", True)
+confined.enter()
+confined.seal()
+lines = os.pread(status, 9999, 0).decode().splitlines()
+print(*[line for line in lines if line.startswith(("NoNew", "Seccomp:"))])
+"""
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["NoNewPrivs:", "1", "Seccomp:", "2"]
+    assert done.stderr.splitlines() == ["sandbox: goes without Landlock: Function not implemented"]
