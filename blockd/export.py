@@ -24,6 +24,7 @@ from blockd.opening import open_file, open_raw_image, probe, unsafe_file
 from blockd.opening import open_image as open_named
 from blockd.qcow2.backing import Chain
 from blockd.qcow2.create import Options, create
+from blockd.qcow2.header import is_qcow2
 from blockd.qcow2.image import Qcow2Image
 from blockd.raw import RawImage
 from coordinator.contract import config
@@ -32,8 +33,8 @@ from coordinator.contract.nbd import absolute_name, is_network_name
 
 log = logging.getLogger(__name__)
 
-#: what a qcow2 image begins with
-MAGIC = b"QFI\xfb"
+#: bytes by which a qcow2 image is known
+JUDGED = 4
 
 #: ATA sector (ATA8-ACS, 3.1.57) and CD-ROM user data (MMC-6, 4.2.3.4), in bytes
 DISK_SECTOR = 512
@@ -228,12 +229,12 @@ def open_probed(wanted: config.Export) -> Image:
 
 def _check_start(image: ProbedRawImage | ProbedNbdImage, offset: int, data: Buffer) -> None:
     """EPERM when a write would make the first bytes of a raw disk those of another format."""
-    if offset < len(MAGIC):
-        start = bytearray(len(MAGIC))
+    if offset < JUDGED:
+        start = bytearray(JUDGED)
         image.read_into(0, memoryview(start))
-        new = bytes(data[: len(MAGIC) - offset])
+        new = bytes(data[: JUDGED - offset])
         start[offset : offset + len(new)] = new
-        if bytes(start) == MAGIC:
+        if is_qcow2(bytes(start)):
             text = f"{image.file}: block 0 would make it look like qcow2; say {image.raw_option}"
             raise OSError(errno.EPERM, text)
 
@@ -241,7 +242,7 @@ def _check_start(image: ProbedRawImage | ProbedNbdImage, offset: int, data: Buff
 class ProbedRawImage(RawImage):
     """A raw disk that stays one."""
 
-    judged_below = len(MAGIC)
+    judged_below = JUDGED
     raw_option = "format=raw"
 
     def write(self, offset: int, data: Buffer, fua: bool = False) -> None:
