@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.boot, pytest.mark.timeout(1500)]
 
 SIZE = 24 << 20
 #: disk -> options of its overlay
-OVERLAYS = {"sda": "cluster_size=64k", "sdb": "extended_l2=on,cluster_size=128k"}
+OVERLAYS = {"disk0": "cluster_size=64k", "disk1": "extended_l2=on,cluster_size=128k"}
 
 
 def lines(text: str, length: int) -> bytes:
