@@ -11,7 +11,7 @@ from typing import Any
 
 from coordinator.contract.errors import RecordError
 from coordinator.contract.layout import struct_get, struct_set
-from coordinator.contract.state import Record, pack, unpack
+from coordinator.contract.state import Record, pack, unpack_any
 from vcpu._core import ffi, lib
 from vcpu.core import Core
 
@@ -48,9 +48,9 @@ FEATURES = {
 }
 
 
-class CpuRecord(Record, frozen=True):
-    """``arch`` is ``struct cpu_arch`` by name, ``posted`` the words above, ``pdpte`` the PAE page-directory
-    pointers as loaded with CR3, ``lint0`` the PIC's request as last seen."""
+class CpuRecord1(Record, frozen=True):
+    """Version 1. ``arch`` is ``struct cpu_arch`` by name, ``posted`` the words above, ``pdpte`` the PAE
+    page-directory pointers as loaded with CR3, ``lint0`` the PIC's request as last seen."""
 
     kind = "vcpu"
 
@@ -60,6 +60,15 @@ class CpuRecord(Record, frozen=True):
     posted_bits: dict[str, list[int]]
     pdpte: list[int]
     lint0: bool
+
+
+class CpuRecord(CpuRecord1, frozen=True):
+    """``debug_hit``: DR6 bits of breakpoints that were met and wait behind MOV SS (SDM vol. 3 section 6.8.3);
+    version 1 lost them."""
+
+    version = 2
+
+    debug_hit: int
 
 
 def save(core: Core, index: int) -> dict[str, bytes]:
@@ -73,6 +82,7 @@ def save(core: Core, index: int) -> dict[str, bytes]:
         posted_bits={name: list(getattr(core.block, name)) for name in POSTED_BITS},
         pdpte=list(hidden.pdpte),
         lint0=bool(hidden.lint0_seen),
+        debug_hit=int(hidden.debug_hit),
     )
     return {"vcpu": pack(record)}
 
@@ -81,7 +91,7 @@ def load(core: Core, index: int, records: dict[str, bytes]) -> None:
     """Go on from what ``save`` gave; RecordError, with the vCPU as it was, where that does not fit."""
     if records.keys() != {"vcpu"}:
         raise RecordError(f"vcpu{index}: records {', '.join(sorted(records))}; one is wanted, named vcpu")
-    record = unpack(records["vcpu"], CpuRecord)
+    record = unpack_any(records["vcpu"], CpuRecord, CpuRecord1)
     if record.index != index:
         raise RecordError(f"vcpu{index}: the record is of vCPU {record.index}")
     arch = ffi.new("struct cpu_arch *")
@@ -90,16 +100,19 @@ def load(core: Core, index: int, records: dict[str, bytes]) -> None:
         raise RecordError(f"vcpu{index}: activity {arch.activity} or privilege level {arch.cpl} cannot be")
     if arch.fpu.mxcsr & ~MXCSR_BITS or arch.xcr0 not in XCR0_VALUES:
         raise RecordError(f"vcpu{index}: MXCSR {arch.fpu.mxcsr:#x} or XCR0 {arch.xcr0:#x} cannot be")
+    debug_hit = record.debug_hit if isinstance(record, CpuRecord) else 0
+    if debug_hit not in range(16):
+        raise RecordError(f"vcpu{index}: breakpoints {debug_hit:#x} cannot be")
     words = _words(record, index)
     ffi.memmove(ffi.addressof(core.arch), arch, ffi.sizeof("struct cpu_arch"))
     for name, value in words.items():
         setattr(core.block, name, value)
     hidden = ffi.new("struct core_hidden *")
-    hidden.pdpte, hidden.lint0_seen = record.pdpte, record.lint0
+    hidden.pdpte, hidden.lint0_seen, hidden.debug_hit = record.pdpte, record.lint0, debug_hit
     lib.core_loaded(core.handle, hidden)
 
 
-def _words(record: CpuRecord, index: int) -> dict[str, int | list[int]]:
+def _words(record: CpuRecord1, index: int) -> dict[str, int | list[int]]:
     """The posted words, all of them in range."""
     words: dict[str, int | list[int]] = {**record.posted, **record.posted_bits}
     fits = (

@@ -20,7 +20,7 @@ void core_state_changed(struct cpu *c);
 struct core_hidden {
     uint64_t pdpte[4];       /* PAE: as loaded with CR3; memory may say something else by now */
     uint32_t lint0_seen;     /* level of the PIC's INTR at the last look */
-    uint32_t pad;
+    uint32_t debug_hit;      /* DR6 bits of breakpoints that were met and wait behind MOV SS (SDM vol. 3 section 6.8.3) */
 };
 void core_hidden_get(const struct cpu *c, struct core_hidden *out);
 /* arch and the posted words were written: everything that follows from them is made anew, the APIC timer armed. */

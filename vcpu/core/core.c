@@ -104,7 +104,7 @@ void core_state_changed(struct cpu *c)
 
 void core_hidden_get(const struct cpu *c, struct core_hidden *out)
 {
-    *out = (struct core_hidden){.lint0_seen = c->lint0_seen};
+    *out = (struct core_hidden){.lint0_seen = c->lint0_seen, .debug_hit = c->sys.debug_hit};
     memcpy(out->pdpte, c->sys.pdpte, sizeof out->pdpte);
 }
 
@@ -113,6 +113,7 @@ void core_loaded(struct cpu *c, const struct core_hidden *hidden)
     core_state_changed(c);
     memcpy(c->sys.pdpte, hidden->pdpte, sizeof c->sys.pdpte);
     c->lint0_seen = hidden->lint0_seen;
+    c->sys.debug_hit = hidden->debug_hit;
     blocks_drop_all(c); /* memory has other bytes, and nobody has told */
     apic_publish(c);
     apic_timer_arm(c);

@@ -1,6 +1,6 @@
 /*
  * Private state of the system side (mmu.c fault.c debug.c); a member of struct cpu, so that cpu.h
- * need not know its parts. Nothing here survives a save: system_load() derives it again.
+ * need not know its parts. Of these only struct core_hidden (api.h) survives a save: system_load() derives the rest again.
  */
 #ifndef ATOLL_SYSTEM_STATE_H
 #define ATOLL_SYSTEM_STATE_H
@@ -42,7 +42,7 @@ struct system_state {
     /* -- debug.c -- */
     uint32_t debug_enabled;      /* bit i: DRi enabled by DR7 */
     uint32_t debug_data;         /* bit i: ... as a data or I/O breakpoint */
-    uint32_t debug_hit;          /* DR6 bits collected by the instruction under way */
+    uint32_t debug_hit;          /* DR6 bits collected by the instruction under way, or by MOV SS before it */
 };
 
 #endif
