@@ -11,19 +11,19 @@ from coordinator.contract.counters import EXIT_NAMES
 from coordinator.islands import Island
 
 if TYPE_CHECKING:
-    from coordinator.machine import Vm
+    from coordinator.crew import Crew
 
 
-def describe(vm: Vm, island: Island) -> str:
+def describe(crew: Crew, island: Island) -> str:
     """One line."""
-    parts = [island.epitaph(), _last_state(vm, island.role)]
+    parts = [island.epitaph(), _last_state(crew, island.role)]
     if words := island.last_words():
         parts.append(f"its log ends: {words}")
     return "; ".join(part for part in parts if part)
 
 
-def _last_state(vm: Vm, role: str) -> str:
-    segment = vm.segment
+def _last_state(crew: Crew, role: str) -> str:
+    segment = crew.segment
     if segment is None:
         return ""
     if role.startswith("vcpu"):
@@ -40,5 +40,5 @@ def _last_state(vm: Vm, role: str) -> str:
             f"{host.sync_served} accesses answered, {host.posted_served} posted writes applied,"
             f" {host.dma_bytes} bytes of DMA"
         )
-    images = ", ".join(f"{drive.id}={drive.file}" for drive in vm.machine.drives if drive.file is not None)
+    images = ", ".join(f"{drive.id}={drive.file}" for drive in crew.machine.drives if drive.file is not None)
     return f"images: {images or 'none'}"

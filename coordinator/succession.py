@@ -20,7 +20,7 @@ from coordinator.contract import messages
 from coordinator.contract.errors import IslandError
 
 if TYPE_CHECKING:
-    from coordinator.machine import Vm
+    from coordinator.crew import Crew
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +34,8 @@ HELLO_SECONDS = 60.0
 class Succession:
     """Of the device hosts of one machine."""
 
-    def __init__(self, vm: Vm) -> None:
-        self._vm = vm
+    def __init__(self, crew: Crew) -> None:
+        self._crew = crew
         #: roles without a process that serves; set when the one that is starting has died, too
         self.vacant: dict[str, asyncio.Event] = {}
         #: replacements so far, by role
@@ -54,20 +54,20 @@ class Succession:
 
     def died(self, role: str) -> bool:
         """Whether this is the death of a device host, which is being replaced then."""
-        if role not in self._vm.hosts or not self._vm.serves:
+        if role not in self._crew.hosts or not self._crew.serves:
             return False
         if role in self.vacant:
             self.vacant[role].set()
         else:
             self.vacant[role] = asyncio.Event()
-            self._vm.show_time()
-            self._vm.spawn(self._replace(role))
+            self._crew.show_time()
+            self._crew.spawn(self._replace(role))
         return True
 
     def _hopeless(self, role: str) -> bool:
         """Whether it makes no progress from death to death."""
-        assert self._vm.segment is not None
-        block = self._vm.segment.host(int(role.removeprefix("devhost")))
+        assert self._crew.segment is not None
+        block = self._crew.segment.host(int(role.removeprefix("devhost")))
         events, in_hand = int(block.events), int(block.begun != block.events)
         busy, deaths = self._deaths.get(role, (0, 0)) if self._events.get(role) == events else (0, 0)
         self._events[role] = events
@@ -75,36 +75,36 @@ class Succession:
         return busy >= MOST_DEATHS or deaths >= MOST_STARTS
 
     async def _replace(self, role: str) -> None:
-        vm, began, dead = self._vm, time.monotonic(), []
-        assert vm.segment is not None
+        crew, began, dead = self._crew, time.monotonic(), []
+        assert crew.segment is not None
         while True:
-            dead.append(vm.islands[role])
-            vm.segment.break_locks(dead[-1].pid)
-            vm.drain_output(role)
+            dead.append(crew.islands[role])
+            crew.segment.break_locks(dead[-1].pid)
+            crew.drain_output(role)
             if self._hopeless(role):
-                await vm.mourn(role)
+                await crew.mourn(role)
                 return
             self.vacant[role].clear()
-            hello = await vm.start_successor(role)
+            hello = await crew.start_successor(role)
             if await self._arrives(role, hello):
                 break
-            if not vm.serves:
+            if not crew.serves:
                 return
-        waiting = vm.open_commands(role)
+        waiting = crew.open_commands(role)
         del self.vacant[role]
         if self._runs.get(role) and not any(isinstance(command, messages.Run) for command in waiting):
-            await vm.command(role, messages.Run(serial=vm.next_serial()))
+            await crew.command(role, messages.Run(serial=crew.next_serial()))
         for command in waiting:
-            await vm.send(role, command)
-        vm.segment.host(int(role[7:])).generation += 1
-        vm.show_time()
+            await crew.send(role, command)
+        crew.segment.host(int(role[7:])).generation += 1
+        crew.show_time()
         blackout = time.monotonic() - began
         self.restarts[role] = self.restarts.get(role, 0) + 1
         cause = await asyncio.to_thread(dead[0].epitaph)
         for island in dead:
             island.close()
         log.info("%s; replaced within %.1f ms", cause, blackout * 1000)
-        vm.event(
+        crew.event(
             "ISLAND_RESTARTED",
             {
                 "role": role, "cause": cause, "blackout-ms": round(blackout * 1000, 3),
@@ -115,12 +115,12 @@ class Succession:
     async def _arrives(self, role: str, hello: asyncio.Event) -> bool:
         """False: it has died as well, or the machine ends; IslandError when it says nothing."""
         waits = [asyncio.ensure_future(event.wait()) for event in (hello, self.vacant[role])]
-        either: set[asyncio.Future[Any]] = {*waits, self._vm.ending}
+        either: set[asyncio.Future[Any]] = {*waits, self._crew.ending}
         await asyncio.wait(either, timeout=HELLO_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
         if hello.is_set():
             return True
-        if self.vacant[role].is_set() or self._vm.ending.done():
+        if self.vacant[role].is_set() or self._crew.ending.done():
             return False
         raise IslandError(f"{role} could not be replaced within {HELLO_SECONDS:.0f} s")

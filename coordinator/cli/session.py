@@ -17,7 +17,8 @@ from coordinator.cli.settings import Settings
 from coordinator.console import Mux, SerialPort
 from coordinator.contract.config import Machine
 from coordinator.contract.errors import AtollError, ConfigError
-from coordinator.machine import Ending, Loader, Vm
+from coordinator.crew import Ending
+from coordinator.machine import Loader, Vm
 from coordinator.migrate import snapshot
 from coordinator.migrate.manager import Manager
 from coordinator.monitor import MonitorFrontend

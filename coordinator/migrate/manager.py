@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.contract.errors import AtollError, ConfigError
-from coordinator.machine import Ending, Vm
+from coordinator.crew import Ending
+from coordinator.machine import Vm
 from coordinator.migrate import disks, file, uri
 from coordinator.migrate.parameters import Parameters
 from coordinator.migrate.source import Source, reason

@@ -68,7 +68,7 @@ class Quiet(Vm):
         self.before: Callable[[str, island.Command], None] = lambda role, command: None
         machine = Machine(name=f"m{len(world.machines)}", vcpus=2, ram=RAM, vga=False)
         super().__init__(machine, options, lambda segment: None, world.folder)
-        self.segment = Segment.create(vcpus=2, ram=RAM)
+        self.crew.segment = Segment.create(vcpus=2, ram=RAM)
         self.migration = Manager(self)
         self.uri = f"unix:{world.folder / machine.name}"
         self.events: list[tuple[str, dict[str, Any]]] = []
@@ -133,7 +133,7 @@ class Quiet(Vm):
 
     async def shut(self) -> None:
         """As session.py does at the end of a run; once."""
-        if self._expected_exit:
+        if self.crew.leaving:
             return
         if not self.ending.done():
             self.quit()

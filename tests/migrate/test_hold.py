@@ -23,7 +23,7 @@ def says(vm: Quiet, notice: Any, when: type[island.Command] = island.Stop) -> No
     def before(role: str, command: island.Command) -> None:
         if role == "devhost0" and isinstance(command, when) and not sent:
             sent.append(notice)
-            vm._handle(role, notice)
+            vm.noticed(notice)
 
     vm.before = before
 
