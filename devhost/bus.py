@@ -21,7 +21,6 @@ from coordinator.contract.device import Device
 from coordinator.contract.messages import SPACE_INTA, SPACE_PORT
 from coordinator.contract.registers import Access, Register
 from coordinator.contract.segment import SHADOW_ASK, Segment
-from coordinator.contract.state import Record
 
 Effect = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -49,8 +48,8 @@ class Slot:
     settled: Callable[[], None] | None = None
     #: what a write to this device may change besides it and the interrupt lines
     also: tuple[Slot, ...] = ()
-    #: as last committed, and where
-    committed: Record | None = None
+    #: its checkpoint as last committed, encoded, and where
+    committed: bytes | None = None
     state_slot: int = -1
 
 

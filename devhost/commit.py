@@ -51,6 +51,7 @@ DONE_COMMANDS = 64
 HEADER_ROOM, WIRING_ROOM, REPLY_ROOM = 256 << 10, 256 << 10, 8 << 10
 #: between two looks whether the coordinator has made room for output, seconds
 LOOK_SECONDS = 0.001
+TO_NOBODY = encode(messages.BusReply(serial=0, data=b""))
 
 
 class Header(msgspec.Struct, frozen=True, array_like=True):
@@ -108,8 +109,8 @@ class Commits:
         self._header = self.area.slot("commit", HEADER_ROOM)
         self._wiring = self.area.slot("wiring", WIRING_ROOM)
         self._replies = [self.area.slot(f"vcpu{i}", REPLY_ROOM) for i in range(segment.vcpus)]
-        #: last committed reply by vCPU
-        self._replied: dict[int, messages.BusReply] = {}
+        #: last committed reply by vCPU: its serial, and encoded
+        self._replied: dict[int, tuple[int, bytes]] = {}
         self.done: deque[int] = deque(maxlen=DONE_COMMANDS)
         self._head = 0
         self._wired = 0
@@ -117,7 +118,7 @@ class Commits:
         self.successor = False
         #: the host has said hello: what ends now is an event of the guest's or the user's
         self.serving = False
-        self._block.begun = self._block.events
+        self._events = self._block.begun = int(self._block.events)
         #: False: nothing is committed, for measurements; the host then has no successor
         self.on = True
 
@@ -138,7 +139,7 @@ class Commits:
             frame = self.area.get(slot)
             if frame is not None:
                 try:
-                    self._replied[vcpu] = messages.replies.decode(frame)
+                    self._replied[vcpu] = messages.replies.decode(frame).serial, frame
                 except MessageError as error:
                     raise RecordError(f"committed reply of vcpu{vcpu}: {error}") from None
 
@@ -148,13 +149,8 @@ class Commits:
             raw = self.area.get(self._slot_of(slot))
             if raw is None:
                 raise RecordError(f"device {slot.name} has no committed record")
-            kind = type(slot.device.checkpoint())
-            try:
-                record = msgspec.msgpack.decode(raw, type=kind)
-            except msgspec.MsgspecError as error:
-                raise RecordError(f"committed record of {slot.name}: {error}") from None
-            slot.device.load(record)
-            slot.committed = record
+            slot.device.restore(raw)
+            slot.committed = raw
 
     def resume(self) -> None:
         """The devices are as committed: do what their last event had left to do."""
@@ -169,40 +165,40 @@ class Commits:
         self._bus.touch_all()
         self._show()
 
-    def reply_again(self, request: messages.BusRequest) -> messages.BusReply | None:
-        """The committed reply to a request that is here for the second time; one of an empty serial: it is
-        older
-        than that, and nobody waits for it any more."""
-        reply = self._replied.get(request.vcpu)
-        if reply is None or request.serial > reply.serial:
+    def reply_again(self, request: messages.BusRequest) -> bytes | None:
+        """The committed reply to a request that is here for the second time; one to nobody: the request is
+        older than that, and nobody waits for it any more."""
+        serial, frame = self._replied.get(request.vcpu, (-1, b""))
+        if request.serial > serial:
             return None
-        return reply if request.serial == reply.serial else messages.BusReply(serial=0, data=b"")
+        return frame if request.serial == serial else TO_NOBODY
 
     # ---- committing ----------------------------------------------------------------------------
     def begin(self) -> None:
         """An event is in hand."""
-        self._block.begun = self._block.events + 1
+        self._block.begun = self._events + 1
         self._faults.at("received")
 
-    def end(self, vcpu: int = -1, reply: messages.BusReply | None = None) -> None:
+    def end(self, vcpu: int = -1, serial: int = 0, reply: bytes | None = None) -> None:
         """The event in hand, and all since the last call, ends; ``reply`` is what vCPU ``vcpu`` is to get."""
         self._faults.at("applied")
         if self.on:
-            self._commit(vcpu, reply)
+            self._commit(vcpu, serial, reply)
         self._faults.at("committed")
         self._show()
         if self.serving:
-            self._block.events = self._block.begun = self._block.events + 1
+            self._events += 1
+            self._block.events = self._block.begun = self._events
         self._faults.at("shown")
 
-    def _commit(self, vcpu: int, reply: messages.BusReply | None) -> None:
+    def _commit(self, vcpu: int, serial: int, reply: bytes | None) -> None:
         bus, outbox = self._bus, self._outbox
         changed = False
         for slot in bus.touched:
-            record = slot.device.checkpoint()
-            if record != slot.committed:
-                self.area.put(self._slot_of(slot), encode(record))
-                slot.committed = record
+            checkpoint = encode(slot.device.checkpoint())
+            if checkpoint != slot.committed:
+                self.area.put(self._slot_of(slot), checkpoint)
+                slot.committed = checkpoint
                 changed = True
         if len(bus.known) != self._wired:
             self.area.put(self._wiring, encode(bus.known))
@@ -210,8 +206,8 @@ class Commits:
         if not (changed or bus.effects or outbox.frames):
             return
         if reply is not None and 0 <= vcpu < len(self._replies):
-            self.area.put(self._replies[vcpu], encode(reply))
-            self._replied[vcpu] = reply
+            self.area.put(self._replies[vcpu], reply)
+            self._replied[vcpu] = serial, reply
         self._put_output()
         self.done.extend(outbox.answered)
         outbox.answered.clear()
@@ -255,6 +251,6 @@ def untold(bus: Bus) -> list[str]:
         for slot in [*bus.slots.values(), *bus.beside]
         if slot not in bus.touched
         and slot.committed is not None
-        and slot.device.checkpoint() != slot.committed
+        and encode(slot.device.checkpoint()) != slot.committed
     ]
 

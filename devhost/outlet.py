@@ -31,9 +31,12 @@ class Outlet:
         self._serial: dict[int, bytearray] = {}
         self._debug: dict[int, bytearray] = {}
         self._lines: list[str] = []
+        #: there may be something
+        self._waits = False
 
     def serial(self, index: int, data: bytes) -> None:
         """Output of serial port ``index``."""
+        self._waits = True
         buffer = self._serial.setdefault(index, bytearray())
         buffer += data
         if len(buffer) >= MOST_BYTES:
@@ -41,6 +44,7 @@ class Outlet:
 
     def debug(self, port: int, data: bytes) -> None:
         """Bytes written to debug port ``port``."""
+        self._waits = True
         buffer = self._debug.setdefault(port, bytearray())
         buffer += data
         if len(buffer) >= MOST_BYTES:
@@ -48,12 +52,16 @@ class Outlet:
 
     def trace(self, line: str) -> None:
         """One line for the log of the whole machine."""
+        self._waits = True
         self._lines.append(line)
         if len(self._lines) >= MOST_LINES:
             self.flush()
 
     def flush(self) -> None:
         """Send all that is there."""
+        if not self._waits:
+            return
+        self._waits = False
         for index, buffer in self._serial.items():
             if buffer:
                 self._control.notify(messages.SerialOutput(index=index, data=bytes(buffer)))

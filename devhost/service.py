@@ -98,10 +98,11 @@ class Service:
         backend = self.backends[ident] = NbdBackend(client, self.faults)
         return backend
 
-    def end_event(self, vcpu: int = -1, reply: messages.BusReply | None = None) -> None:
-        """What has been done is committed and shown; ``reply`` may be sent after this."""
+    def end_event(self, vcpu: int = -1, serial: int = 0, reply: bytes | None = None) -> None:
+        """What has been done is committed and shown; ``reply``, to the request ``serial``, may be sent after
+        this."""
         self.outlet.flush()
-        self.commits.end(vcpu, reply)
+        self.commits.end(vcpu, serial, reply)
 
     # ---- the loop --------------------------------------------------------------------------------
     def run(self) -> None:
@@ -216,15 +217,16 @@ class Service:
     def _serve_request(self, vcpu: bytes, request: messages.BusRequest) -> None:
         self.commits.begin()
         if (again := self.commits.reply_again(request)) is not None:
-            self._reply(vcpu, encode(again))
+            self._reply(vcpu, again)
             return
         reply = self._access(request)
-        self.end_event(request.vcpu, None if reply.hold else reply)
+        frame = encode(reply)
+        self.end_event(request.vcpu, request.serial, None if reply.hold else frame)
         if self._keep_reply:
             self._keep_reply = False
-            self._kept.append((vcpu, request.vcpu, encode(reply)))
+            self._kept.append((vcpu, request.vcpu, frame))
         else:
-            self._reply(vcpu, encode(reply))
+            self._reply(vcpu, frame)
         self.faults.at("replied")
 
     def _reply(self, vcpu: bytes, reply: bytes) -> None:

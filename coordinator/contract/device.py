@@ -26,8 +26,11 @@ The contract of a chip:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
+import msgspec
+
+from coordinator.contract.errors import RecordError
 from coordinator.contract.registers import RegisterMap, TimeSource
 from coordinator.contract.state import Record
 
@@ -129,9 +132,18 @@ class Device(ABC):
     @abstractmethod
     def save(self) -> Record: ...
 
-    def checkpoint(self) -> Record:
-        """What a successor in this host is to ``load``: all state, whatever version ``save`` is asked for."""
-        return self.save()
-
     @abstractmethod
     def load(self, record: Record) -> None: ...
+
+    def checkpoint(self) -> Any:
+        """All state, as what MessagePack can hold, for a successor in this host: made at each event, so it is
+        to cost little."""
+        return self.save()
+
+    def restore(self, checkpoint: bytes) -> None:
+        """Go on from an encoded ``checkpoint``. RecordError."""
+        try:
+            record = msgspec.msgpack.decode(checkpoint, type=type(self.save()))
+        except msgspec.MsgspecError as error:
+            raise RecordError(f"committed record of {self.kind}: {error}") from None
+        self.load(record)

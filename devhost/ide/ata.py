@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno as posix
 from collections.abc import Callable
-from typing import ClassVar
+from operator import attrgetter
+from typing import Any, ClassVar
+
+import msgspec
 
 from coordinator.contract.errors import RecordError
 from coordinator.contract.state import unpack
 from devhost.ide import features, identify
 from devhost.ide import registers as reg
 from devhost.ide.backend import BlockBackend
-from devhost.ide.drive import Drive
+from devhost.ide.drive import COMMON_FIELDS, Drive
 from devhost.ide.phases import REQUEST_LIMIT, Phase, Power, Request
 from devhost.ide.records import AtaState
 from devhost.ide.registers import Error
@@ -66,6 +69,16 @@ POWER_COMMANDS = {
 }
 #: CHECK POWER MODE results (8.6)
 POWER_STANDBY, POWER_ACTIVE = 0x00, 0xFF
+
+#: where the fields of AtaState are
+_FIELDS = {
+    **COMMON_FIELDS,
+    **{
+        name: name
+        for name in ("multiple", "heads", "sectors", "transfer_mode", "write_cache", "look_ahead")
+    },
+}
+_state: Callable[[AtaDrive], tuple[Any, ...]] = attrgetter(*_FIELDS.values())
 
 
 class AtaDrive(Drive):
@@ -280,6 +293,12 @@ class AtaDrive(Drive):
             write_cache=self.write_cache,
             look_ahead=self.look_ahead,
         )
+
+    def checkpoint(self) -> tuple[Any, ...]:
+        return _state(self)
+
+    def recorded(self, checkpoint: list[Any]) -> AtaState:
+        return msgspec.convert(dict(zip(_FIELDS, checkpoint, strict=True)), AtaState)
 
     def load(self, blob: bytes) -> None:
         state = unpack(blob, AtaState)

@@ -10,7 +10,10 @@ interrupt, as word 0 of IDENTIFY PACKET DEVICE says.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from operator import attrgetter
+from typing import Any, ClassVar
+
+import msgspec
 
 from coordinator.contract.drives import Incomplete, Stream
 from coordinator.contract.errors import RecordError
@@ -19,7 +22,7 @@ from devhost.ide import atapi_commands, cd_sector, features, identify, old_recor
 from devhost.ide import registers as reg
 from devhost.ide.ata import DEFAULT_MODE, POWER_ACTIVE, POWER_COMMANDS, POWER_STANDBY
 from devhost.ide.backend import BlockBackend, Buffer
-from devhost.ide.drive import Drive
+from devhost.ide.drive import COMMON_FIELDS, Drive
 from devhost.ide.phases import REQUEST_LIMIT, Phase, Power, Request
 from devhost.ide.records import AtapiState, OldAtapiState, RegisterState, SenseState, UnitState
 from devhost.ide.registers import Error
@@ -34,6 +37,14 @@ LARGEST_CD = 99 * 60 * 75
 
 #: media events of GET EVENT STATUS NOTIFICATION (MMC-5 table 256)
 EVENT_EJECT_REQUEST, EVENT_NEW_MEDIA, EVENT_MEDIA_REMOVAL = 1, 2, 3
+
+UNIT_FIELDS = UnitState.__struct_fields__
+#: where the fields of AtapiState are, with those of its unit in place of it
+_FIELDS = {
+    **COMMON_FIELDS,
+    **{name: name for name in (*UNIT_FIELDS, "packet", "packet_filled", "byte_limit", "shape")},
+}
+_state: Callable[[AtapiDrive], tuple[Any, ...]] = attrgetter(*_FIELDS.values())
 
 
 class AtapiDrive(Drive):
@@ -350,10 +361,19 @@ class AtapiDrive(Drive):
             self.check(sense.NO_SEEK_COMPLETE)
 
     def save(self) -> AtapiState | OldAtapiState:
-        state = self.whole()
+        state = self._whole()
         return old_record.older(state) if self.policy.stream is Stream.V0 else state
 
-    def whole(self) -> AtapiState:
+    def checkpoint(self) -> tuple[Any, ...]:
+        return _state(self)
+
+    def recorded(self, checkpoint: list[Any]) -> AtapiState:
+        fields = dict(zip(_FIELDS, checkpoint, strict=True))
+        unit = {name: fields.pop(name) for name in UNIT_FIELDS}
+        unit["sense"] = dict(zip(SenseState.__struct_fields__, unit["sense"], strict=True))
+        return msgspec.convert({**fields, "unit": unit}, AtapiState)
+
+    def _whole(self) -> AtapiState:
         key, asc, ascq, information = self.sense
         unit = UnitState(
             sense=SenseState(key=key, asc=asc, ascq=ascq, information=information),

@@ -12,7 +12,10 @@ drive 0 missing, is a floating bus.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from operator import attrgetter
+from typing import Any, ClassVar
+
+import msgspec
 
 from coordinator.contract.device import Device, Dma, Pin
 from coordinator.contract.errors import RecordError
@@ -82,6 +85,13 @@ BUS_MASTER = RegisterMap(
     Register("BmPointer", busmaster.POINTER, span=4, widths=(1, 2, 4), write=Access.POSTED, doc="BMIDE 2.3"),
     size=8,
 )
+
+
+#: of a checkpoint: the channel's own state, and that of its bus master in the order of BusMasterState
+_state = attrgetter(
+    "control", "selected", "line", "master.command", "master.status", "master.pointer",
+    "master.cursor.descriptor", "master.cursor.address", "master.cursor.left", "master.cursor.last",
+)  # fmt: skip
 
 
 class IdeChannel(Device):
@@ -309,13 +319,35 @@ class IdeChannel(Device):
         for drive in self.fitted:
             drive.resume()
 
+    def checkpoint(self) -> Any:
+        first, second = self.drives
+        return (
+            _state(self),
+            first.checkpoint() if first is not None else None,
+            second.checkpoint() if second is not None else None,
+        )
+
+    def restore(self, checkpoint: bytes) -> None:
+        try:
+            own, *drives = msgspec.msgpack.decode(checkpoint)
+            control, selected, line, *master = own
+            fields = {
+                "control": control,
+                "selected": selected,
+                "line": line,
+                "master": dict(zip(BusMasterState.__struct_fields__, master, strict=True)),
+                "drives": tuple(
+                    pack(drive.recorded(state)) if drive is not None else None
+                    for drive, state in zip(self.drives, drives, strict=True)
+                ),
+            }
+            record = msgspec.convert(fields, ChannelRecord)
+        except (msgspec.MsgspecError, TypeError, ValueError) as error:
+            raise RecordError(f"committed record of {self.kind}: {error}") from None
+        self.load(record)
+
     def save(self) -> ChannelRecord:
-        return self._record(*(pack(drive.save()) if drive is not None else None for drive in self.drives))
-
-    def checkpoint(self) -> ChannelRecord:
-        return self._record(*(pack(drive.whole()) if drive is not None else None for drive in self.drives))
-
-    def _record(self, first: bytes | None, second: bytes | None) -> ChannelRecord:
+        first, second = (pack(drive.save()) if drive is not None else None for drive in self.drives)
         master, cursor = self.master, self.master.cursor
         return ChannelRecord(
             control=self.control,

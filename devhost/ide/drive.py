@@ -32,6 +32,18 @@ from devhost.ide.phases import (
 from devhost.ide.records import DriveState
 from devhost.ide.taskfile import TaskFile
 
+#: where the fields of DriveState are in a drive
+COMMON_FIELDS = {
+    "current": "taskfile.current", "previous": "taskfile.previous", "device": "taskfile.device",
+    **{
+        name: name
+        for name in (
+            "status", "error", "intrq", "power", "phase", "opcode", "request", "use_dma", "to_host", "direct",
+            "begun", "buffer", "position", "burst_end", "offset", "remaining",
+        )
+    },
+}  # fmt: skip
+
 
 class Drive(ABC):
     """A device on the cable. ``attach`` comes before any access."""
@@ -474,13 +486,17 @@ class Drive(ABC):
     def save(self) -> Record:
         """In the version that ``policy`` asks for; RecordError where that cannot hold the command."""
 
-    def whole(self) -> Record:
-        """With all of the command, whatever ``policy`` says."""
-        return self.save()
-
     @abstractmethod
     def load(self, blob: bytes) -> None:
         """Take over a packed record."""
+
+    @abstractmethod
+    def checkpoint(self) -> tuple[Any, ...]:
+        """All state, with all of the command whatever ``policy`` says."""
+
+    @abstractmethod
+    def recorded(self, checkpoint: list[Any]) -> Record:
+        """The record of a decoded checkpoint; msgspec.ValidationError, ValueError where it is none."""
 
     def save_common(self) -> dict[str, Any]:
         """The fields of ``DriveState``."""

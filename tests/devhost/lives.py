@@ -108,11 +108,11 @@ class Life(Service):
     def _reply(self, vcpu: bytes, reply: bytes) -> None:
         self.replies.append(messages.replies.decode(reply))
 
-    def end_event(self, vcpu: int = -1, reply: messages.BusReply | None = None) -> None:
+    def end_event(self, vcpu: int = -1, serial: int = 0, reply: bytes | None = None) -> None:
         if hasattr(self, "pc"):
             # the clock's record says up to when it has counted, so it changes by itself
             assert [name for name in untold(self.bus) if name != "rtc"] == []
-        super().end_event(vcpu, reply)
+        super().end_event(vcpu, serial, reply)
 
     def give_up(self) -> None:
         self.router.close()
