@@ -189,6 +189,7 @@ class Crew:
             runtime=str(self.folder),
             parent=os.getpid(),
             sandbox=self.options.sandbox,
+            commits=self.options.commits,
         )
 
     async def _wait_for_hellos(self) -> None:
@@ -332,7 +333,7 @@ class Crew:
     # ---- life and death ------------------------------------------------------------------------
     def _died(self, role: str) -> None:
         asyncio.get_running_loop().remove_reader(self.islands[role].pidfd)
-        if not self.leaving and not self.succession.died(role):
+        if not self.leaving and not (self.options.commits and self.succession.died(role)):
             self.spawn(self.mourn(role))
 
     @property

@@ -17,3 +17,5 @@ class Options:
     loadvm: str | None = None
     #: islands give up what they do not need
     sandbox: bool = True
+    #: device hosts commit what they do, so that another one can go on where one has died
+    commits: bool = True

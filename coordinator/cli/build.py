@@ -121,6 +121,13 @@ def _sandbox(s: Settings, value: str) -> None:
     s.options = dataclasses.replace(s.options, sandbox=on)
 
 
+def _commits(s: Settings, value: str) -> None:
+    kv = KeyValues("x-commits", value, implied="enable")
+    on = kv.flag("enable", True)
+    kv.done(("enable",))
+    s.options = dataclasses.replace(s.options, commits=on)
+
+
 def machine(s: Settings, vga_rom: str | None, rom_size: int) -> Machine:
     """The configuration that every process reads; ``rom_size`` is 0 where no firmware runs."""
     boot = Boot(order=s.boot.order, once=s.boot.once, menu=s.boot.menu, direct=s.kernel is not None)
@@ -370,6 +377,7 @@ _VALUES: dict[str, Callable[[Settings, str], None]] = {
     "rtc": _rtc,
     "incoming": _incoming,
     "sandbox": _sandbox,
+    "x-commits": _commits,
     "loadvm": _loadvm,
     "pidfile": _set("pidfile"),
     "D": _set("log_file"),

@@ -178,3 +178,12 @@ def test_the_runtime_folder_is_private() -> None:
             assert folder.stat().st_mode & 0o777 == 0o700
         machine.type(b"O")
         assert machine.wait() == 0
+
+
+def test_without_commits_a_device_host_takes_the_machine_along() -> None:
+    with Machine(*CONSOLE, "-x-commits", "off") as machine:
+        machine.says("ready")
+        os.kill(machine.roles()["devhost0"], signal.SIGKILL)
+        assert machine.wait() == 1
+        assert "devhost0 (pid" in machine.errors() and "\n" not in machine.errors()
+        machine.gone()
