@@ -5,14 +5,16 @@ from __future__ import annotations
 import errno
 from typing import Any
 
-from blockd.hostfile import HostFile
+from blockd.files import OpenFile, open_file
 from blockd.image import Image
 from blockd.qcow2 import header
+from blockd.qcow2.backing import Chain
+from blockd.qcow2.image import Qcow2Image
 from blockd.raw import RawImage
+from coordinator.contract.config import IMAGE_FORMATS
 from coordinator.contract.errors import BlockError
 from coordinator.contract.nbd import is_network_name
 
-FORMATS = ("raw", "qcow2")
 #: what images of other formats begin with: (offset, bytes) -> name. Sources: "LUKS On-Disk Format", 2.1;
 #: "QED Image File Format"; "VMware Virtual Disk Format 1.1", sparse extents and descriptors; [MS-VHDX] 2.2.1;
 #: VirtualBox, VDICore.h
@@ -24,20 +26,6 @@ _FOREIGN = {
     (0, b"vhdxfile"): "VHDX",
     (0x40, b"\x7f\x10\xda\xbe"): "VDI",
 }
-
-
-def open_file(file: str, read_only: bool = False, unsafe: bool = False) -> HostFile:
-    """The file that an image lies in. With ``unsafe`` it is never made durable."""
-    if is_network_name(file):
-        from blockd.nbd.file import NbdFile  # the client, sockets and TLS are slow to import
-
-        return NbdFile(file, read_only, unsafe)
-    return HostFile(file, read_only, unsafe)
-
-
-def unsafe_file(file: str, read_only: bool) -> HostFile:
-    """A file that is worthless when half made."""
-    return open_file(file, read_only, unsafe=True)
 
 
 def probe(file: str) -> str:
@@ -68,6 +56,21 @@ def open_raw_image(
     return RawImage(file, read_only, granularity, pad, locked)
 
 
+def open_qcow2(
+    file: str,
+    read_only: bool = False,
+    chain: Chain | None = None,
+    open_file: OpenFile = open_file,
+    **how: Any,
+) -> Qcow2Image:
+    """A qcow2 image and the chain below it: see Qcow2Image."""
+    return Qcow2Image(file, read_only, chain, open_file, _open_below, **how)
+
+
+def _open_below(file: str, image_format: str | None, chain: Chain) -> Image:
+    return open_image(file, image_format, read_only=True, pad=True, chain=chain)
+
+
 def open_image(
     file: str,
     image_format: str | None = None,
@@ -82,11 +85,9 @@ def open_image(
     BlockError in one line when that cannot be."""
     image_format = image_format or probe(file)
     if image_format == "qcow2":
-        from blockd.qcow2.image import Qcow2Image  # it needs this module
-
-        return Qcow2Image(file, read_only, locked=locked, **how)
+        return open_qcow2(file, read_only, locked=locked, **how)
     if image_format != "raw":
-        text = f"{file}: format {image_format!r} is not supported ({' and '.join(FORMATS)} are)"
+        text = f"{file}: format {image_format!r} is not supported ({' and '.join(IMAGE_FORMATS)} are)"
         raise BlockError(text, errno.ENOTSUP)
     if how.get("snapshot"):
         raise BlockError(f"{file}: a raw image has no snapshots", errno.ENOTSUP)

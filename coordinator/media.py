@@ -8,13 +8,10 @@ from typing import Any
 import msgspec
 
 from coordinator.contract import messages
-from coordinator.contract.config import Drive, Media, export_of
+from coordinator.contract.config import IMAGE_FORMATS, Drive, Media, export_of
 from coordinator.contract.errors import ConfigError, IslandError
 from coordinator.contract.nbd import absolute_name, is_network_name
 from coordinator.machine import Vm
-
-#: formats of a medium that can be put in
-FORMATS = ("raw", "qcow2")
 
 
 class NotFound(IslandError):
@@ -85,8 +82,8 @@ async def change(
 ) -> None:
     """Open the tray, swap the medium, close it. Where the new one cannot be used, the old one comes back."""
     image_format = image_format or "raw"
-    if image_format not in FORMATS:
-        raise ConfigError(f"format {image_format} is not known; choose one of {', '.join(FORMATS)}")
+    if image_format not in IMAGE_FORMATS:
+        raise ConfigError(f"format {image_format} is not known; choose one of {', '.join(IMAGE_FORMATS)}")
     _removable(vm, name)
     path = absolute_name(filename)
     if not is_network_name(path):

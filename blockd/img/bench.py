@@ -21,7 +21,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("-w", dest="write", action="store_true", help="write, not read")
     parser.add_argument("--pattern", type=int, default=0, help="byte to be written")
     parser.add_argument("--flush-interval", type=int, default=0, help="flush after so many writes")
-    parser.add_argument("-q", dest="quiet", action="store_true")
+    parser.quiet_option()
     parser.ignored("-t", "-i")
     parser.chain_option()
     parser.add_argument("file")

@@ -16,7 +16,7 @@ def run(arguments: list[str]) -> int:
     parser = common.Parser("check", "Check an image for errors.")
     parser.format_option()
     parser.output_option()
-    parser.add_argument("-q", dest="quiet", action="store_true")
+    parser.quiet_option()
     parser.add_argument("-r", dest="repair", choices=("leaks", "all"), help="repair what is found")
     parser.share_option()
     parser.ignored("-T")

@@ -16,8 +16,6 @@ from blockd.qcow2.tables import UNALLOCATED, ZEROES
 from coordinator.contract.errors import BlockError
 from coordinator.contract.nbd import is_network_name
 
-CHUNK = 2 << 20
-
 
 def run(arguments: list[str]) -> int:
     parser = common.Parser("commit", "Write what an image has over its backing file into that file.")
@@ -26,8 +24,8 @@ def run(arguments: list[str]) -> int:
     parser.add_argument(
         "-b", dest="base", metavar="FILE", help="a backing file further down; the image is not emptied then"
     )
-    parser.add_argument("-p", dest="progress", action="store_true")
-    parser.add_argument("-q", dest="quiet", action="store_true")
+    parser.progress_option()
+    parser.quiet_option()
     parser.ignored("-t", "-r")
     parser.chain_option()
     parser.add_argument("file")
@@ -102,16 +100,13 @@ def _pieces(above: list[Qcow2Image], start: int, length: int) -> Iterator[tuple[
 
 
 def _copy(above: list[Qcow2Image], base: Image, progress: common.Progress) -> None:
-    buffer = memoryview(bytearray(CHUNK))
+    buffer = memoryview(bytearray(common.CHUNK))
     for source, at, size in _pieces(above, 0, above[0].size):
         if source is None:
             base.write_zeroes(at, size, unmap=True, fast=False)
             continue
-        end = at + size
-        while at < end:
-            piece = min(CHUNK, end - at)
-            source.read_into(at, buffer[:piece])
-            base.write(at, buffer[:piece])
-            at += piece
-            progress.at(at)
+        for start, length in common.chunks(at, size):
+            source.read_into(start, buffer[:length])
+            base.write(start, buffer[:length])
+            progress.at(start + length)
     progress.end()

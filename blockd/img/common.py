@@ -16,13 +16,16 @@ from typing import Any, NoReturn
 from blockd import opening
 from blockd.image import Image
 from blockd.locks import lock_image
-from blockd.opening import FORMATS, probe
+from blockd.opening import probe
 from blockd.qcow2.backing import Chain, resolve
 from blockd.qcow2.create import Options, create
 from blockd.qcow2.image import Qcow2Image
+from coordinator.contract.config import IMAGE_FORMATS
 from coordinator.contract.errors import BlockError, UsageError
 from coordinator.contract.nbd import is_network_name
 
+#: bytes of a disk that are read at once
+CHUNK = 2 << 20
 _UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50, "e": 1 << 60}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([bkmgtpe]?)", re.IGNORECASE)
 
@@ -39,13 +42,19 @@ class Parser(argparse.ArgumentParser):
     def format_option(
         self, flag: str = "-f", name: str = "format", about: str = "format of the image"
     ) -> None:
-        self.add_argument(flag, dest=name, choices=FORMATS, help=about)
+        self.add_argument(flag, dest=name, choices=IMAGE_FORMATS, help=about)
 
     def share_option(self, about: str = "also while another process writes it") -> None:
         self.add_argument("-U", "--force-share", action="store_true", help=about)
 
     def output_option(self) -> None:
         self.add_argument("--output", choices=("human", "json"), default="human")
+
+    def quiet_option(self) -> None:
+        self.add_argument("-q", dest="quiet", action="store_true", help="print errors only")
+
+    def progress_option(self) -> None:
+        self.add_argument("-p", dest="progress", action="store_true", help="show progress")
 
     def chain_option(self) -> None:
         self.add_argument(
@@ -110,6 +119,12 @@ def open_qcow2(file: str, image_format: str | None, read_only: bool, what: str, 
         image.close()
         raise BlockError(f"{file}: raw images have no {what}", errno.ENOTSUP)
     return image
+
+
+def chunks(offset: int, length: int) -> Iterator[tuple[int, int]]:
+    """(offset, bytes) of a range in pieces that are worth a call, and no more memory than that."""
+    for at in range(offset, offset + length, CHUNK):
+        yield at, min(CHUNK, offset + length - at)
 
 
 def refuse_to_create(file: str) -> None:

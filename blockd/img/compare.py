@@ -10,15 +10,13 @@ import numpy as np
 from blockd.image import Extent, Image
 from blockd.img import common
 
-CHUNK = 2 << 20
-
 
 def run(arguments: list[str]) -> int:
     parser = common.Parser("compare", "Compare the content of two images.")
     parser.format_option("-f", "first_format", "format of the first image")
     parser.format_option("-F", "second_format", "format of the second image")
-    parser.add_argument("-p", dest="progress", action="store_true")
-    parser.add_argument("-q", dest="quiet", action="store_true")
+    parser.progress_option()
+    parser.quiet_option()
     parser.add_argument("-s", dest="strict", action="store_true", help="sizes and allocation must agree, too")
     parser.share_option()
     parser.ignored("-T")
@@ -85,30 +83,25 @@ def _paired(first: Image, second: Image, size: int) -> Iterator[tuple[int, int, 
 
 def _difference(first: Image, second: Image, at: int, length: int) -> int | None:
     """The sector at which two ranges begin to differ."""
-    one, two = memoryview(bytearray(min(length, CHUNK))), memoryview(bytearray(min(length, CHUNK)))
+    most = min(length, common.CHUNK)
+    one, two = memoryview(bytearray(most)), memoryview(bytearray(most))
     ones, twos = np.frombuffer(one, np.uint8), np.frombuffer(two, np.uint8)
-    end = at + length
-    while at < end:
-        piece = min(end - at, CHUNK)
-        first.read_into(at, one[:piece])
-        second.read_into(at, two[:piece])
+    for start, piece in common.chunks(at, length):
+        first.read_into(start, one[:piece])
+        second.read_into(start, two[:piece])
         if not np.array_equal(ones[:piece], twos[:piece]):
-            return at + int(np.flatnonzero(ones[:piece] != twos[:piece])[0]) // 512 * 512
-        at += piece
+            return start + int(np.flatnonzero(ones[:piece] != twos[:piece])[0]) // 512 * 512
     return None
 
 
 def _not_zero(image: Image, start: int) -> int | None:
     at = start
     for extent in image.extents(start, image.size - start):
-        offset, stop = at, at + extent.length
-        while not extent.zero and offset < stop:
-            piece = min(stop - offset, CHUNK)
+        for offset, piece in common.chunks(at, 0 if extent.zero else extent.length):
             buffer = bytearray(piece)
             image.read_into(offset, memoryview(buffer))
             used = np.flatnonzero(np.frombuffer(buffer, np.uint8))
             if len(used):
                 return offset + int(used[0]) // 512 * 512
-            offset += piece
-        at = stop
+        at += extent.length
     return None

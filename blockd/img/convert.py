@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NamedTuple
 
-from blockd import opening
+from blockd.files import unsafe_file
 from blockd.image import Image
 from blockd.img import common, copying
 from blockd.img.copying import Piece
@@ -26,6 +26,7 @@ from blockd.img.create import parse_options, preallocate, qcow2_options
 from blockd.qcow2.compression import compress
 from blockd.qcow2.image import Qcow2Image
 from blockd.raw import RawImage
+from coordinator.contract.config import IMAGE_FORMATS
 from coordinator.contract.errors import BlockError, UsageError
 from coordinator.contract.nbd import is_network_name
 
@@ -77,13 +78,13 @@ def _parser() -> common.Parser:
     parser.format_option("-O", "target_format", "format of the target (raw)")
     parser.add_argument("-c", dest="compress", action="store_true", help="compress the target")
     parser.add_argument("-C", dest="offload", action="store_true", help="let the kernel copy (raw to raw)")
-    parser.add_argument("-p", dest="progress", action="store_true")
-    parser.add_argument("-q", dest="quiet", action="store_true")
+    parser.progress_option()
+    parser.quiet_option()
     parser.add_argument("-n", dest="existing", action="store_true", help="the target exists already")
     parser.add_argument("-o", dest="options", action="append", default=[], metavar="NAME=VALUE,...")
     parser.add_argument("-l", dest="snapshot", metavar="NAME", help="copy the state of a snapshot")
     parser.add_argument("-B", dest="backing", metavar="FILE", help="backing file of the target")
-    parser.add_argument("-F", dest="backing_format", choices=common.FORMATS)
+    parser.add_argument("-F", dest="backing_format", choices=IMAGE_FORMATS)
     parser.add_argument("--bitmaps", action="store_true", help="copy dirty bitmaps, too")
     parser.add_argument("--skip-broken-bitmaps", action="store_true", help="but no unusable ones")
     parser.add_argument("-m", dest="threads", type=int, default=8, help="threads at most, of 1 to 16 (8)")
@@ -188,7 +189,7 @@ def _create(making: common.Making, given: argparse.Namespace, target_format: str
 
 def _copy(source: Image, given: argparse.Namespace, target_format: str) -> None:
     allowed = given.allow_backing if given.existing else ["*"]  # the user has just named them
-    how = {"open_file": opening.unsafe_file} if target_format == "qcow2" else {}
+    how = {"open_file": unsafe_file} if target_format == "qcow2" else {}
     target = common.open_image(given.target, target_format, read_only=False, allowed=allowed, **how)
     try:
         if target.size < source.size:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
+from typing import Any
 
 from blockd import opening
+from blockd.files import unsafe_file
 from blockd.hostfile import HostFile
 from blockd.img import common
 from blockd.qcow2.backing import Chain, plain_path, resolve
 from blockd.qcow2.create import Options
-from blockd.qcow2.image import Qcow2Image
 from blockd.qcow2.operations import at_rest
+from coordinator.contract.config import IMAGE_FORMATS
 from coordinator.contract.errors import BlockError, UsageError
 
 PREALLOCATION = ("off", "metadata", "falloc", "full")
 RAW_PREALLOCATION = ("off", "falloc", "full")
+_VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 _ON_OFF = {"on": True, "off": False, "true": True, "false": False, "yes": True, "no": False}
 
 
@@ -28,45 +32,14 @@ def parse_options(texts: list[str]) -> dict[str, str]:
     return result
 
 
-def qcow2_options(disk_size: int, given: dict[str, str]) -> tuple[Options, str]:
-    """Options of a new qcow2 image by qemu-img's names, and how it is to be preallocated."""
-    options = Options(disk_size)
-    preallocation = "off"
-    for name, value in given.items():
-        if name == "compat":
-            versions = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
-            if value not in versions:
-                raise UsageError(f"compat={value} is unknown; choose 0.10 or 1.1")
-            options.version = versions[value]
-        elif name == "cluster_size":
-            options.cluster_size = common.size(value)
-        elif name == "refcount_bits":
-            options.refcount_bits = common.size(value)
-        elif name == "lazy_refcounts":
-            options.lazy_refcounts = _flag(name, value)
-        elif name == "compression_type":
-            options.compression = value
-        elif name == "preallocation":
-            if value not in PREALLOCATION:
-                raise UsageError(f"preallocation={value} is unknown; choose {', '.join(PREALLOCATION)}")
-            preallocation = value
-        elif name == "backing_file":
-            options.backing_file = value
-        elif name == "backing_fmt":
-            options.backing_format = value
-        elif name == "data_file":
-            options.data_file = value
-        elif name == "data_file_raw":
-            options.data_file_raw = _flag(name, value)
-        elif name == "size":
-            options.size = common.size(value)
-        elif name == "extended_l2":
-            options.extended_l2 = _flag(name, value)
-        elif name == "nocow" and not _flag(name, value):
-            continue
-        else:
-            raise BlockError(f"option {name}={value} is not supported", errno.ENOTSUP)
-    return options, preallocation
+def _version(name: str, value: str) -> int:
+    if value not in _VERSIONS:
+        raise UsageError(f"{name}={value} is unknown; choose 0.10 or 1.1")
+    return _VERSIONS[value]
+
+
+def _size(name: str, value: str) -> int:
+    return common.size(value)
 
 
 def _flag(name: str, value: str) -> bool:
@@ -75,12 +48,47 @@ def _flag(name: str, value: str) -> bool:
     return _ON_OFF[value]
 
 
+def _text(name: str, value: str) -> str:
+    return value
+
+
+#: qemu-img's name -> member of Options, what makes a value of its text
+_OPTIONS: dict[str, tuple[str, Callable[[str, str], Any]]] = {
+    "backing_file": ("backing_file", _text),
+    "backing_fmt": ("backing_format", _text),
+    "cluster_size": ("cluster_size", _size),
+    "compat": ("version", _version),
+    "compression_type": ("compression", _text),
+    "data_file": ("data_file", _text),
+    "data_file_raw": ("data_file_raw", _flag),
+    "extended_l2": ("extended_l2", _flag),
+    "lazy_refcounts": ("lazy_refcounts", _flag),
+    "refcount_bits": ("refcount_bits", _size),
+    "size": ("size", _size),
+}
+
+
+def qcow2_options(disk_size: int, given: dict[str, str]) -> tuple[Options, str]:
+    """Options of a new qcow2 image by qemu-img's names, and how it is to be preallocated."""
+    options = Options(disk_size)
+    for name, value in given.items():
+        if name in _OPTIONS:
+            member, parse = _OPTIONS[name]
+            setattr(options, member, parse(name, value))
+        elif name != "preallocation" and not (name == "nocow" and not _flag(name, value)):
+            raise BlockError(f"option {name}={value} is not supported", errno.ENOTSUP)
+    preallocation = given.get("preallocation", "off")
+    if preallocation not in PREALLOCATION:
+        raise UsageError(f"preallocation={preallocation} is unknown; choose {', '.join(PREALLOCATION)}")
+    return options, preallocation
+
+
 def run(arguments: list[str]) -> int:
     parser = common.Parser("create", "Make a new image.")
     parser.format_option(about="format of the new image")
-    parser.add_argument("-q", dest="quiet", action="store_true")
+    parser.quiet_option()
     parser.add_argument("-b", dest="backing", metavar="FILE", help="backing file")
-    parser.add_argument("-F", dest="backing_format", metavar="FORMAT", choices=common.FORMATS)
+    parser.add_argument("-F", dest="backing_format", metavar="FORMAT", choices=IMAGE_FORMATS)
     parser.add_argument("-u", dest="unchecked", action="store_true", help="do not open the backing file")
     parser.add_argument("-o", dest="options", action="append", default=[], metavar="NAME=VALUE,...")
     parser.chain_option()
@@ -162,7 +170,7 @@ def _check_backing(file: str, options: Options, allowed: list[str]) -> None:
 
 def preallocate(file: str, how: str, start: int = 0) -> None:
     """Give all clusters from ``start`` on their place: in the tables, on the disk too, or by writing."""
-    image = Qcow2Image(file, open_file=opening.unsafe_file, chain=Chain(("*",)))
+    image = opening.open_qcow2(file, open_file=unsafe_file, chain=Chain(("*",)))
     try:
         image.preallocate(start, image.size - start)
         if how != "metadata":

@@ -10,23 +10,22 @@ import errno
 
 from blockd.image import Image
 from blockd.img import common
-from blockd.qcow2.backing import plain_path, resolve
-from blockd.qcow2.image import Qcow2Image, read_below
+from blockd.qcow2.backing import plain_path, read_below, resolve
+from blockd.qcow2.image import Qcow2Image
 from blockd.qcow2.operations import set_backing
 from blockd.qcow2.tables import UNALLOCATED
+from coordinator.contract.config import IMAGE_FORMATS
 from coordinator.contract.errors import BlockError, UsageError
-
-CHUNK = 1 << 20
 
 
 def run(arguments: list[str]) -> int:
     parser = common.Parser("rebase", "Give an image another backing file.")
     parser.format_option()
     parser.add_argument("-b", dest="backing", metavar="FILE", required=True, help="an empty name for none")
-    parser.add_argument("-F", dest="backing_format", choices=common.FORMATS)
+    parser.add_argument("-F", dest="backing_format", choices=IMAGE_FORMATS)
     parser.add_argument("-u", dest="unsafe", action="store_true", help="write the name only")
-    parser.add_argument("-p", dest="progress", action="store_true")
-    parser.add_argument("-q", dest="quiet", action="store_true")
+    parser.progress_option()
+    parser.quiet_option()
     parser.ignored("-t", "-T")
     parser.chain_option()
     parser.add_argument("file")
@@ -63,17 +62,15 @@ def _take_over(image: Qcow2Image, new: Image | None, progress: common.Progress) 
     for kind, start, size, _ in list(image.map(0, image.size)):
         if kind != UNALLOCATED:
             continue
-        for at, end in _not_zero([old, new], start, size, image.header.cluster_size):
-            while at < end:
-                piece = min(CHUNK, end - at)
-                before, after = bytearray(piece), bytearray(piece)
+        for first, end in _not_zero([old, new], start, size, image.header.cluster_size):
+            for at, length in common.chunks(first, end - first):
+                before, after = bytearray(length), bytearray(length)
                 if old is not None:
                     read_below(old, at, memoryview(before))
                 if new is not None:
                     read_below(new, at, memoryview(after))
                 _copy_differences(image, at, before, after)
-                at += piece
-                progress.at(at)
+                progress.at(at + length)
     progress.end()
 
 

@@ -16,7 +16,7 @@ _CHANGE = re.compile(r"-\d.*")
 def run(arguments: list[str]) -> int:
     parser = common.Parser("resize", "Give the disk of an image another size: SIZE, or + or - a size.")
     parser.format_option()
-    parser.add_argument("-q", dest="quiet", action="store_true")
+    parser.quiet_option()
     parser.add_argument("--shrink", action="store_true", help="allow data behind the new end to be lost")
     parser.add_argument("--preallocation", choices=PREALLOCATION, default="off")
     parser.chain_option()

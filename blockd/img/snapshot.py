@@ -13,7 +13,7 @@ from blockd.qcow2.image import Qcow2Image
 def run(arguments: list[str]) -> int:
     parser = common.Parser("snapshot", "Internal snapshots of an image.")
     parser.format_option()
-    parser.add_argument("-q", dest="quiet", action="store_true")
+    parser.quiet_option()
     parser.share_option("list also while another process writes")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("-l", dest="list", action="store_true", help="list all")

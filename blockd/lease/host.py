@@ -9,23 +9,11 @@ from __future__ import annotations
 
 import os
 import platform
-from typing import NamedTuple
 
-from blockd.lease.record import Record
+from blockd.lease.record import Identity, Record
 
 BOOT = "/proc/sys/kernel/random/boot_id"
 MACHINE = "/etc/machine-id"
-
-
-class Identity(NamedTuple):
-    """A process on a host, as in ``Record``."""
-
-    host: str
-    machine: str
-    boot: str
-    namespace: int
-    pid: int
-    started: int
 
 
 def _text(path: str) -> str:

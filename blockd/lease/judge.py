@@ -47,8 +47,7 @@ def obstacle(slot: Slot, found: Found, locked: bool) -> str | None:
 
 def ours(record: Record) -> bool:
     """Has this process made the record?"""
-    me = host.this_process()
-    return (record.boot, record.namespace, record.pid, record.started) == (me.boot, *me[3:])
+    return record.is_process(host.this_process())
 
 
 def abandoned(record: Record, locked: bool) -> bool:

@@ -141,11 +141,10 @@ class Lease:
 
 # ---- taking ---------------------------------------------------------------------------------------------
 def new_record(owner: Owner, slot: Slot, epoch: int, serial: int, **more: Any) -> Record:
-    me = host.this_process()
     return Record(
         serial=serial, epoch=epoch, state="held", token=secrets.token_hex(16), uuid=owner.uuid, vm=owner.vm,
-        host=me.host, machine=me.machine, boot=me.boot, namespace=me.namespace, pid=me.pid,
-        started=me.started, inode=os.stat(slot.image).st_ino, **more,
+        inode=os.stat(slot.image).st_ino,
+        **msgspec.structs.asdict(host.this_process()), **more,
     )  # fmt: skip
 
 

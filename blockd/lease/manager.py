@@ -9,7 +9,8 @@ from typing import Any
 
 import msgspec
 
-from blockd.export import Export, ExportTable, open_image
+from blockd.export import Export, ExportTable
+from blockd.export_image import open_image
 from blockd.hostfile import read_only_hint
 from blockd.image import Image
 from blockd.lease.image import LeasedImage

@@ -19,8 +19,26 @@ class Owner(msgspec.Struct, frozen=True):
     vm: str
 
 
-class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One state of one lease."""
+class Identity(msgspec.Struct, frozen=True):
+    """A process on a host."""
+
+    #: name of the host, its machine ID and boot ID, where it has them
+    host: str
+    machine: str
+    boot: str
+    #: PID, the namespace in which it has that number, start time in clock ticks
+    namespace: int
+    pid: int
+    started: int
+
+    def is_process(self, other: Identity) -> bool:
+        """Is it the same one? Hosts that have booted apart differ in their boot IDs."""
+        mine, theirs = ((each.boot, each.namespace, each.pid, each.started) for each in (self, other))
+        return mine == theirs
+
+
+class Record(Identity, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One state of one lease, with the block daemon that holds it."""
 
     #: of this record; the highest one counts
     serial: int
@@ -32,14 +50,6 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     token: str
     uuid: str
     vm: str
-    #: name of the host, its machine ID and boot ID, where it has them
-    host: str
-    machine: str
-    boot: str
-    #: the block daemon: PID, the namespace in which it has that number, start time in clock ticks
-    namespace: int
-    pid: int
-    started: int
     #: of the image
     inode: int
     #: the transfer that is under way, or that brought the lease here

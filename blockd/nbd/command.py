@@ -9,16 +9,15 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NoReturn
 
 from blockd.nbd.listen import LOOPBACK, Listener, inherited
-from coordinator.contract.config import DetectZeroes, Export
+from blockd.nbd.settings import Settings, TlsCredentials
+from coordinator.contract.config import IMAGE_FORMATS, DetectZeroes, Export
 from coordinator.contract.errors import AtollError, UsageError
 from coordinator.contract.nbd import MAX_STRING, absolute_name
 
 DEFAULT_PORT = 10809  # IANA's for nbd
-FORMATS = ("raw", "qcow2")
 CACHE = ("writeback", "none", "writethrough", "directsync", "unsafe")
 #: qemu-nbd's options that are not here, and why
 _ABSENT = {
@@ -31,32 +30,6 @@ _ABSENT = {
     ("--tls-authz",): "who has a certificate of the authority is let in",
     ("--selinux-label",): "sockets are not labelled",
 }
-
-
-@dataclass(frozen=True)
-class TlsCredentials:
-    """A folder with certificates: see tls.py."""
-
-    folder: str
-    verify_peer: bool = True
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the command line asks for."""
-
-    export: Export | None
-    sockets: tuple[str, ...]
-    #: (host, port)
-    addresses: tuple[tuple[str, int], ...]
-    #: clients at once; 0 for any number
-    clients: int = 1
-    persistent: bool = False
-    credentials: TlsCredentials | None = None
-    #: the name that the server's certificate must bear, when listing
-    hostname: str | None = None
-    pid_file: str | None = None
-    verbose: bool = False
 
 
 def run(arguments: list[str]) -> int:
@@ -193,8 +166,8 @@ def _export(given: argparse.Namespace) -> Export:
             raise UsageError(f"{what} {text!a}: is no UTF-8") from None
         if length > MAX_STRING:
             raise UsageError(f"{what}: {length} bytes are too long for NBD (at most {MAX_STRING})")
-    if given.format not in (None, *FORMATS):
-        raise UsageError(f"-f {given.format}: is unknown (known: {', '.join(FORMATS)})")
+    if given.format not in (None, *IMAGE_FORMATS):
+        raise UsageError(f"-f {given.format}: is unknown (known: {', '.join(IMAGE_FORMATS)})")
     if given.detect_zeroes == "unmap" and given.discard not in ("unmap", "on"):
         raise UsageError("--detect-zeroes=unmap needs --discard=unmap")
     if given.snapshot and (given.load_snapshot or given.bitmap or given.read_only):

@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import setproctitle
 
-from blockd.nbd.command import Settings
 from blockd.nbd.handshake import Terms
 from blockd.nbd.listen import Listener
 from blockd.nbd.server import Limits
+from blockd.nbd.settings import Settings
 from blockd.service import Service
 from coordinator.contract.errors import BlockError
 from coordinator.contract.tls import server_context

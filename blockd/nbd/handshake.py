@@ -22,6 +22,7 @@ from coordinator.contract.nbd import (
     GREETING,
     INFO_BLOCK_SIZE,
     INFO_EXPORT,
+    MAX_OPTION,
     MAX_PAYLOAD,
     MAX_STRING,
     NBD_MAGIC,
@@ -34,10 +35,9 @@ from coordinator.contract.nbd import (
     Option,
     OptionReply,
     TransmissionFlag,
+    string,
 )
 
-#: option data that is looked at: a name and a list of wishes fit many times
-MAX_OPTION = 64 << 10
 #: longer option data is skipped up to here, and then the connection is closed
 MAX_SKIPPED = 1 << 20
 
@@ -197,8 +197,8 @@ class Handshake:
             self._reply_error(option, OptionReply.ERR_INVALID, "NBD_OPT_LIST has no data")
             return
         for export in self._exports.all():
-            name = export.name.encode()
-            self._reply(option, OptionReply.SERVER, _U32.pack(len(name)) + name + export.description.encode())
+            name = string(export.name.encode())
+            self._reply(option, OptionReply.SERVER, name + export.description.encode())
         self._reply(option, OptionReply.ACK)
 
     def _start_tls(self, option: int, data: bytes) -> None:

@@ -12,7 +12,7 @@ import struct
 import time
 from dataclasses import dataclass, field
 
-from blockd.nbd.command import Settings
+from blockd.nbd.settings import Settings
 from coordinator.contract.errors import BlockError
 from coordinator.contract.nbd import (
     INFO_BLOCK_SIZE,
@@ -24,6 +24,7 @@ from coordinator.contract.nbd import (
     Option,
     OptionReply,
     TransmissionFlag,
+    string,
 )
 from coordinator.contract.nbd_handshake import ClientHandshake, Secure, TryAgain, printable
 from coordinator.contract.tls import client_context
@@ -138,7 +139,7 @@ class Listing(ClientHandshake):
 
     def _ask(self, export: Listed, structured: bool) -> None:
         """The particulars, as far as the server knows such questions."""
-        name = struct.pack(">I", len(export.name)) + export.name
+        name = string(export.name)
         wishes = (Info.NAME, Info.DESCRIPTION, Info.BLOCK_SIZE)
         data = name + struct.pack(f">H{len(wishes)}H", len(wishes), *wishes)
         for reply in self._replies(Option.INFO, data, OptionReply.INFO, optional=True):

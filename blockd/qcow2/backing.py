@@ -93,3 +93,12 @@ def open_backing(image: str, name: str, image_format: str | None, chain: Chain, 
         return opener(path, image_format, chain)
     except BlockError as error:
         raise BlockError(f"{image}: backing file: {error}", error.errno) from None
+
+
+def read_below(image: Image, offset: int, view: memoryview) -> None:
+    """Read from a backing file, which may be shorter: there are zeroes behind its end."""
+    inside = max(0, min(len(view), image.size - offset))
+    if inside:
+        image.read_into(offset, view[:inside])
+    if inside < len(view):
+        view[inside:] = bytes(len(view) - inside)

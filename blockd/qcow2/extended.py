@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from blockd.qcow2 import subclusters
+from blockd.qcow2 import backing, subclusters
 from blockd.qcow2.header import Autoclear
 from blockd.qcow2.subclusters import ALL, ALL_ZERO, COUNT, COUNT_BITS, runs_of_bits, span
 from blockd.qcow2.tables import (
@@ -142,41 +142,31 @@ class ExtendedWriter(Writer):
         self._shift = self._bits - COUNT_BITS
 
     # ---- data ------------------------------------------------------------------------------------
-    def write(self, offset: int, data: memoryview) -> None:
-        if (offset & (self._size - 1)) + len(data) <= self._size and self._write_one(offset, data):
-            return
-        image, bits, table_mask = self._image, self._bits, (1 << self._table_bits) - 1
+    def _allocating(self, offset: int, data: memoryview) -> list[tuple[int, int, int]]:
+        bits, table_mask = self._bits, (1 << self._table_bits) - 1
         at, end = offset, offset + len(data)
         in_place: list[tuple[int, int, int]] = []
-        with image.lock:
-            while at < end:
-                cluster = at >> bits
-                index, number = cluster >> self._table_bits, cluster & table_mask
-                table = self._writable(index)
-                stop = min(end, (cluster + 1) << bits)
-                part = data[at - offset : stop - offset]
-                entry = table.view[number]
-                if entry & (COPIED | COMPRESSED) == COPIED:
-                    if self._touched(at, stop) & ~table.bitmap_view[number]:
-                        self._fill(index, table, number, at, part)
-                    else:
-                        host = (entry & OFFSET) + (at & (self._size - 1))
-                        in_place.append((host, at - offset, stop - offset))
-                elif self._external or len(part) < self._size:
-                    self._replace(index, table, number, at, part)
+        while at < end:
+            cluster = at >> bits
+            index, number = cluster >> self._table_bits, cluster & table_mask
+            table = self._writable(index)
+            stop = min(end, (cluster + 1) << bits)
+            part = data[at - offset : stop - offset]
+            entry = table.view[number]
+            if entry & (COPIED | COMPRESSED) == COPIED:
+                if self._touched(at, stop) & ~table.bitmap_view[number]:
+                    self._fill(index, table, number, at, part)
                 else:
-                    count = self._replaceable(table, number, (end - at) >> bits)
-                    stop = at + (count << bits)
-                    self._allocate_whole(index, table, number, count, data[at - offset : stop - offset])
-                at = stop
-            if not in_place:
-                return
-            epoch = image.enter()
-        try:
-            for host, low, high in in_place:
-                image.data.write(host, data[low:high])
-        finally:
-            image.leave(epoch)
+                    host = (entry & OFFSET) + (at & (self._size - 1))
+                    in_place.append((host, at - offset, stop - offset))
+            elif self._external or len(part) < self._size:
+                self._replace(index, table, number, at, part)
+            else:
+                count = self._replaceable(table, number, (end - at) >> bits)
+                stop = at + (count << bits)
+                self._allocate_whole(index, table, number, count, data[at - offset : stop - offset])
+            at = stop
+        return in_place
 
     def _write_one(self, offset: int, data: memoryview) -> bool:
         """The usual case of a write within one cluster: all of it has its place. Else False, and nothing
@@ -327,13 +317,11 @@ class ExtendedWriter(Writer):
     def _under(self, offset: int, length: int) -> bytes | None:
         """What a range within one subcluster reads as now; None when it is all zeroes."""
         (kind, _, _, _), *_ = self._mapping.locate(offset, length)
-        backing = self._image.backing
-        if kind != UNALLOCATED or backing is None or offset >= backing.size:
+        below = self._image.backing
+        if kind != UNALLOCATED or below is None or offset >= below.size:
             return None
-        from blockd.qcow2.image import read_below
-
         buffer = bytearray(length)
-        read_below(backing, offset, memoryview(buffer))
+        backing.read_below(below, offset, memoryview(buffer))
         return bytes(buffer) if buffer.strip(b"\0") else None
 
     def _write_data(self, host: int, data: bytes) -> None:

@@ -11,15 +11,16 @@ from __future__ import annotations
 import errno
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from blockd import opening
 from blockd.batch import Direct
+from blockd.files import OpenFile, open_file
 from blockd.hostfile import HostFile
 from blockd.image import Buffer, Extent, Image
 from blockd.qcow2 import backing, header, operations, snapshots
+from blockd.qcow2.check import recount
 from blockd.qcow2.compression import decompress
 from blockd.qcow2.direct import DirectClusters
 from blockd.qcow2.extended import ExtendedMapping, ExtendedWriter
@@ -31,9 +32,6 @@ from blockd.qcow2.writer import MOST_CONDEMNED, Writer
 from coordinator.contract.errors import BlockError
 
 log = logging.getLogger(__name__)
-
-#: how a file is opened: (path, read-only) -> file; tests hand in files that fail
-OpenFile = Callable[[str, bool], HostFile]
 
 #: (kind, position in the request, bytes, host offset or compressed entry)
 Piece = tuple[int, int, int, int]
@@ -51,7 +49,8 @@ class Qcow2Image(Image):
         file: str,
         read_only: bool = False,
         chain: backing.Chain | None = None,
-        open_file: OpenFile = opening.open_file,
+        open_file: OpenFile = open_file,
+        open_below: backing.Opener | None = None,
         locked: bool = True,
         snapshot: str | None = None,
         repair: bool = False,
@@ -59,6 +58,8 @@ class Qcow2Image(Image):
     ) -> None:
         """Open and lock; BlockError in one line when that cannot be.
 
+        ``open_below`` opens the backing file; opening.py has the one that knows all formats. Without it
+        an image that has one is refused.
         ``snapshot`` (its id or name) reads that state of the disk. ``repair`` opens what is marked corrupt
         or dirty as it is. Without ``backed`` the backing file stays closed and reads as zeroes.
         """
@@ -83,8 +84,10 @@ class Qcow2Image(Image):
                 self.data = self._open_data(chain, open_file, locked)
             below = chain.below(file, self.host.identity())
             if self.header.backing_file is not None and backed:
+                if open_below is None:
+                    raise BlockError(f"{file}: has a backing file, which nobody opens", errno.ENOTSUP)
                 self.backing = backing.open_backing(
-                    file, self.header.backing_file, self.header.backing_format, below, _open_below
+                    file, self.header.backing_file, self.header.backing_format, below, open_below
                 )
         except OSError as error:
             self.close_files()
@@ -142,8 +145,6 @@ class Qcow2Image(Image):
         """Refcounts of an image that was not closed are counted again; features that are to be cleared
         by whoever writes are cleared."""
         if self.header.incompatible & Incompatible.DIRTY:
-            from blockd.qcow2.check import recount  # it needs this module
-
             recount(self)
             self.set_features(incompatible=self.header.incompatible & ~Incompatible.DIRTY)
         kept = self.header.autoclear & _KNOWN_AUTOCLEAR
@@ -198,7 +199,7 @@ class Qcow2Image(Image):
                     inside = (offset + at) & self._mask
                     part[:] = self.unpack(where)[inside : inside + length]
                 elif kind == UNALLOCATED and self.backing is not None:
-                    read_below(self.backing, offset + at, part)
+                    backing.read_below(self.backing, offset + at, part)
                 else:
                     part[:] = bytes(length)
         finally:
@@ -409,16 +410,3 @@ class Qcow2Image(Image):
             self.data.close()
         if self.backing is not None:
             self.backing.close()
-
-
-def read_below(image: Image, offset: int, view: memoryview) -> None:
-    """Read from a backing file, which may be shorter: there are zeroes behind its end."""
-    inside = max(0, min(len(view), image.size - offset))
-    if inside:
-        image.read_into(offset, view[:inside])
-    if inside < len(view):
-        view[inside:] = bytes(len(view) - inside)
-
-
-def _open_below(file: str, image_format: str | None, chain: backing.Chain) -> Image:
-    return opening.open_image(file, image_format, read_only=True, pad=True, chain=chain)

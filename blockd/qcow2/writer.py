@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from blockd.qcow2 import backing
 from blockd.qcow2.header import Autoclear
 from blockd.qcow2.tables import (
     COMPRESSED,
@@ -64,28 +65,8 @@ class Writer:
         if (offset & (self._size - 1)) + len(data) <= self._size and self._write_one(offset, data):
             return
         image = self._image
-        bits, size, mapping = self._bits, self._size, image.mapping
-        end = offset + len(data)
-        in_place: list[tuple[int, int, int]] = []
-        at = offset
         with image.lock:
-            while at < end:
-                cluster = at >> bits
-                first = cluster & ((1 << self._table_bits) - 1)
-                count = min(((end - 1) >> bits) - cluster + 1, (1 << self._table_bits) - first)
-                index = cluster >> self._table_bits
-                base = (index << self._table_bits) << bits
-                table = self._writable(index)
-                for run in mapping.runs(table, first, count):
-                    start = max(offset, base + (run.first << bits))
-                    stop = min(end, base + ((run.first + run.clusters) << bits))
-                    if run.kind == DATA and run.entry & COPIED:
-                        host = (run.entry & OFFSET) + (start & (size - 1))
-                        in_place.append((host, start - offset, stop - offset))
-                    else:
-                        part = data[start - offset : stop - offset]
-                        self._allocate(index, table, run, start, part)
-                at = base + ((first + count) << bits)
+            in_place = self._allocating(offset, data)
             if not in_place:
                 return
             epoch = image.enter()
@@ -94,6 +75,31 @@ class Writer:
                 image.data.write(host, data[low:high])
         finally:
             image.leave(epoch)
+
+    def _allocating(self, offset: int, data: memoryview) -> list[tuple[int, int, int]]:
+        """Write what needs new clusters; (host offset, begin, end) of the parts of ``data`` that have their
+        places, and are not written yet. The lock is held."""
+        bits, size, mapping = self._bits, self._size, self._image.mapping
+        at, end = offset, offset + len(data)
+        in_place: list[tuple[int, int, int]] = []
+        while at < end:
+            cluster = at >> bits
+            first = cluster & ((1 << self._table_bits) - 1)
+            count = min(((end - 1) >> bits) - cluster + 1, (1 << self._table_bits) - first)
+            index = cluster >> self._table_bits
+            base = (index << self._table_bits) << bits
+            table = self._writable(index)
+            for run in mapping.runs(table, first, count):
+                start = max(offset, base + (run.first << bits))
+                stop = min(end, base + ((run.first + run.clusters) << bits))
+                if run.kind == DATA and run.entry & COPIED:
+                    host = (run.entry & OFFSET) + (start & (size - 1))
+                    in_place.append((host, start - offset, stop - offset))
+                else:
+                    part = data[start - offset : stop - offset]
+                    self._allocate(index, table, run, start, part)
+            at = base + ((first + count) << bits)
+        return in_place
 
     def _write_one(self, offset: int, data: memoryview) -> bool:
         """The usual cases of a write within one cluster: it has its place, or takes the place of nothing.
@@ -208,10 +214,8 @@ class Writer:
         elif kind == PACKED:
             data = image.unpack(entry)[inside : inside + length]
         elif kind == UNALLOCATED and image.backing is not None and offset < image.backing.size:
-            from blockd.qcow2.image import read_below
-
             buffer = bytearray(length)
-            read_below(image.backing, offset, memoryview(buffer))
+            backing.read_below(image.backing, offset, memoryview(buffer))
             data = bytes(buffer)
         else:
             return None
@@ -227,9 +231,7 @@ class Writer:
         elif kind == PACKED:
             view[:] = image.unpack(entry)
         elif kind == UNALLOCATED and image.backing is not None:
-            from blockd.qcow2.image import read_below
-
-            read_below(image.backing, offset, view)
+            backing.read_below(image.backing, offset, view)
         else:
             return None
         return view if self._content_numbers.any() else None

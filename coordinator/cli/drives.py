@@ -7,7 +7,7 @@ import msgspec
 from coordinator.cli import options, properties
 from coordinator.cli.options import KeyValues
 from coordinator.cli.settings import Settings
-from coordinator.contract.config import DebugExit, DetectZeroes, Drive, LeasePolicy, Media
+from coordinator.contract.config import IMAGE_FORMATS, DebugExit, DetectZeroes, Drive, LeasePolicy, Media
 from coordinator.contract.drives import PROPERTIES
 from coordinator.contract.errors import UsageError
 from coordinator.contract.nbd import absolute_name
@@ -92,7 +92,7 @@ def drive(s: Settings, value: str) -> None:
     interface = kv.choice("if", ("ide", "none"), "ide")
     media = Media(kv.choice("media", ("disk", "cdrom"), "disk"))
     file = _absolute(kv.take("file"))
-    image_format = kv.choice("format", ("auto", "raw", "qcow2"), "auto")
+    image_format = kv.choice("format", ("auto", *IMAGE_FORMATS), "auto")
     allowed = kv.take("allow-backing")
     backing_allowed = (allowed if allowed == "*" else absolute_name(allowed),) if allowed else ()
     read_only = kv.flag("readonly", media is Media.CDROM) or media is Media.CDROM

@@ -163,6 +163,10 @@ class DevhostConfig(msgspec.Struct, frozen=True):
     sandbox: bool = True
 
 
+#: formats of images that are known, by qemu-img's names
+IMAGE_FORMATS = ("raw", "qcow2")
+
+
 class Export(msgspec.Struct, frozen=True):
     """One image that blockd serves, under the drive's id."""
 

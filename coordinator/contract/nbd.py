@@ -31,6 +31,15 @@ EXPORT_NAME_ZEROES = 124
 
 #: "Values", strings: a string is at most 4096 bytes
 MAX_STRING = 4096
+#: data of an option or of its reply that is looked at: a name and a list of wishes fit many times
+MAX_OPTION = 64 << 10
+
+
+def string(data: bytes) -> bytes:
+    """A string in an option's data: its length, 32 bits, and its bytes."""
+    return len(data).to_bytes(4, "big") + data
+
+
 #: "Block size constraints": payload that every server takes when nothing else was agreed
 MAX_PAYLOAD = 32 << 20
 #: "Size of the export": an offset must fit a signed 64-bit number

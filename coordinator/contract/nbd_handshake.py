@@ -24,6 +24,7 @@ from coordinator.contract.nbd import (
     GREETING,
     INFO_BLOCK_SIZE,
     INFO_EXPORT,
+    MAX_OPTION,
     MAX_PAYLOAD,
     MAX_SIZE,
     MAX_STRING,
@@ -38,10 +39,9 @@ from coordinator.contract.nbd import (
     Option,
     OptionReply,
     TransmissionFlag,
+    string,
 )
 
-#: a reply to an option is a few numbers and a text
-MAX_REPLY = 64 << 10
 #: information that a server may volunteer
 MAX_INFOS = 64
 #: a device's sector
@@ -154,7 +154,7 @@ class ClientHandshake:
     def _set_context(self, name: bytes) -> int | None:
         """NBD_OPT_SET_META_CONTEXT: the number of base:allocation, or None."""
         context = BASE_ALLOCATION.encode()
-        data = b"".join((struct.pack(">I", len(name)), name, struct.pack(">II", 1, len(context)), context))
+        data = string(name) + struct.pack(">I", 1) + string(context)
         self._send(OPTION.pack(OPTION_MAGIC, Option.SET_META_CONTEXT, len(data)) + data)
         number = None
         for _ in range(MAX_INFOS):
@@ -170,7 +170,7 @@ class ClientHandshake:
 
     def _go(self, name: bytes, wanted: Wanted) -> ExportInfo | None:
         """NBD_OPT_GO; None when the server does not know it."""
-        data = struct.pack(">I", len(name)) + name + struct.pack(">HH", 1, Info.BLOCK_SIZE)
+        data = string(name) + struct.pack(">HH", 1, Info.BLOCK_SIZE)
         self._send(OPTION.pack(OPTION_MAGIC, Option.GO, len(data)) + data)
         exports: set[tuple[int, int]] = set()
         sizes = (1, 4096, MAX_PAYLOAD)
@@ -230,7 +230,7 @@ class ClientHandshake:
         magic, echo, kind, length = OPTION_REPLY.unpack(self._receive(OPTION_REPLY.size))
         if magic != OPTION_REPLY_MAGIC or echo != option:
             raise self._bad("answered what was not asked")
-        if length > MAX_REPLY:
+        if length > MAX_OPTION:
             raise self._bad(f"answered an option with {length} bytes")
         return kind, self._receive(length)
 

@@ -16,11 +16,13 @@ from pathlib import Path
 import pytest
 
 from blockd import batch as batches
-from blockd.export import Counters, Export, ProbedRawImage
+from blockd.export import Counters, Export
+from blockd.export_image import ProbedRawImage
 from blockd.hostfile import HostFile
 from blockd.image import Image
 from blockd.nbd.handshake import Hangup, Negotiated
 from blockd.nbd.transmission import Transmission
+from blockd.opening import open_qcow2
 from blockd.qcow2 import operations
 from blockd.qcow2.direct import DirectClusters
 from blockd.qcow2.image import Qcow2Image
@@ -138,7 +140,7 @@ def padded(folder: Path) -> tuple[Image, bytes]:
 
 
 def empty(*shape: int) -> Callable[[Path], tuple[Image, bytes]]:
-    return lambda folder: (Qcow2Image(make(folder / "disk", SIZE, shape)), bytes(SIZE))  # type: ignore[arg-type]
+    return lambda folder: (open_qcow2(make(folder / "disk", SIZE, shape)), bytes(SIZE))  # type: ignore[arg-type]
 
 
 def backed(folder: Path) -> tuple[Image, bytes]:
@@ -146,7 +148,7 @@ def backed(folder: Path) -> tuple[Image, bytes]:
     below = random.Random(2).randbytes(SIZE // 2 + 1536)
     (folder / "base").write_bytes(below)
     file = make(folder / "disk", SIZE, (4096, 3, 16), backing_file="base", backing_format="raw")
-    return Qcow2Image(file), below.ljust(SIZE, b"\0")
+    return open_qcow2(file), below.ljust(SIZE, b"\0")
 
 
 def compressed(folder: Path) -> tuple[Image, bytes]:
@@ -154,12 +156,12 @@ def compressed(folder: Path) -> tuple[Image, bytes]:
     (folder / "plain").write_bytes(data)
     file = str(folder / "disk")
     run_tool("qemu-img", "convert", "-c", "-O", "qcow2", "-o", "cluster_size=4k", str(folder / "plain"), file)
-    return Qcow2Image(file), data
+    return open_qcow2(file), data
 
 
 def shared(folder: Path) -> tuple[Image, bytes]:
     """Half of it belongs to a snapshot, too."""
-    image = Qcow2Image(make(folder / "disk", SIZE, (4096, 3, 16)))
+    image = open_qcow2(make(folder / "disk", SIZE, (4096, 3, 16)))
     data = random.Random(3).randbytes(SIZE // 2)
     image.write(0, data)
     operations.create(image, "one", now=1.0)
@@ -170,19 +172,19 @@ def tracked(folder: Path) -> tuple[Image, bytes]:
     """With a bitmap that follows changes."""
     file = make(folder / "disk", SIZE, (4096, 3, 16))
     run_tool("qemu-img", "bitmap", "--add", "-g", "4k", file, "one")
-    return Qcow2Image(file), bytes(SIZE)
+    return open_qcow2(file), bytes(SIZE)
 
 
 def data_file(folder: Path) -> tuple[Image, bytes]:
     (folder / "data").write_bytes(bytes(SIZE))
-    return Qcow2Image(make(folder / "disk", SIZE, (4096, 3, 16), data_file="data")), bytes(SIZE)
+    return open_qcow2(make(folder / "disk", SIZE, (4096, 3, 16), data_file="data")), bytes(SIZE)
 
 
 def subclusters(folder: Path) -> tuple[Image, bytes]:
     file = str(folder / "disk")
     options = "extended_l2=on,cluster_size=16k"
     run_tool("qemu-img", "create", "-f", "qcow2", "-o", options, file, str(SIZE))
-    return Qcow2Image(file), bytes(SIZE)
+    return open_qcow2(file), bytes(SIZE)
 
 
 MAKERS = {
@@ -449,7 +451,7 @@ def test_no_write_makes_a_guessed_raw_disk_look_like_qcow2(tmp_path: Path) -> No
 # ---- system calls that fail --------------------------------------------------------------------------
 def allocated(folder: Path) -> Image:
     """Every cluster has its place."""
-    image = Qcow2Image(make(folder / "disk", SIZE, (4096, 3, 16)))
+    image = open_qcow2(make(folder / "disk", SIZE, (4096, 3, 16)))
     image.write(0, random.Random(1).randbytes(SIZE))
     return image
 
@@ -611,7 +613,7 @@ def test_what_a_bitmap_says_of_writes_in_place(tmp_path: Path, done: list[int]) 
     options = "cluster_size=4k,preallocation=metadata"
     run_tool("qemu-img", "create", "-f", "qcow2", "-o", options, file, str(SIZE))
     run_tool("qemu-img", "bitmap", "--add", "-g", "4k", file, "one")
-    image = Qcow2Image(file)
+    image = open_qcow2(file)
     read(image)  # its tables are in memory from here on
     wire = request(WRITE, 3 * 4096 + 100, data=b"1" * 10) + request(WRITE, 9 * 4096, data=b"2" * 8192)
     serve(image, [wire + request(READ, 20 * 4096, 4096)])

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from blockd.export import ExportTable
+from blockd.opening import open_qcow2
 from blockd.qcow2 import dirty
 from blockd.qcow2.dirty import DirtyBitmap
-from blockd.qcow2.image import Qcow2Image
 from coordinator.contract.config import Export
 from coordinator.contract.errors import BlockError
 from tests.blockd.conftest import SERVICES, Serve, make_image
@@ -191,7 +191,7 @@ def test_a_choice_is_for_one_export(serve: Serve, tmp_path: Path) -> None:
 def test_a_reply_is_bounded(serve: Serve, tmp_path: Path) -> None:
     """Every second of 16,384 bits is set: one reply tells of some, and the client goes on from there."""
     file = make_disk(tmp_path / "disk", 8 * MIB, b0=512)
-    image = Qcow2Image(file)
+    image = open_qcow2(file)
     for at in range(0, 8 * MIB, 1024):
         image.write(at, b"x" * 512)
     image.close()
@@ -212,13 +212,13 @@ def test_steps_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     file = make_disk(tmp_path / "disk", 8 * MIB, 512, b0=512)
     chance = random.Random(3)
     bits = bytearray(8 * MIB // 512)
-    image = Qcow2Image(file)
+    image = open_qcow2(file)
     for _ in range(60):
         first, count = chance.randrange(len(bits) - 400), chance.choice((1, 2, 7, 8, 9, 64, 400))
         image.write(first * 512, b"x" * (512 * count))
         bits[first : first + count] = b"\1" * count
     image.close()
-    image = Qcow2Image(file, read_only=True)
+    image = open_qcow2(file, read_only=True)
     bitmap = DirtyBitmap(image, "b0")
     for step in (1, 3, 64, 1000, 1 << 19):
         monkeypatch.setattr(dirty, "_STEP", step)
@@ -249,7 +249,7 @@ def test_bitmaps_that_cannot_be_told(tmp_path: Path) -> None:
     assert "bitmap 'no' is not there" in refusal(Export("hd0", file, "qcow2", True, bitmaps=("no",)))
     raw = make_image(tmp_path / "raw")
     assert "raw images have no bitmaps" in refusal(Export("hd0", raw, bitmaps=("b0",)))
-    image = Qcow2Image(file)
+    image = open_qcow2(file)
     image.write(0, b"x")
     crashed = str(tmp_path / "crashed")
     shutil.copy(file, crashed)  # as a crash leaves it
@@ -259,4 +259,4 @@ def test_bitmaps_that_cannot_be_told(tmp_path: Path) -> None:
         assert "'b0' is inconsistent" in said
     options = ("-r", "-f", "qcow2", "-B", "b0", "-k", str(tmp_path / "s"))
     assert "inconsistent" in run_tool("qemu-nbd", *options, crashed, status=1)
-    Qcow2Image(file, read_only=True).close()  # a refusal has left no lock behind
+    open_qcow2(file, read_only=True).close()  # a refusal has left no lock behind

@@ -18,14 +18,14 @@ from typing import Any
 
 import pytest
 
-from blockd import opening
+from blockd import files
 from blockd.export import ExportTable
 from blockd.hostfile import HostFile
 from blockd.lease.manager import LeasedExports
 from blockd.lease.record import Owner
 from blockd.machine_snapshots import MachineSnapshots
+from blockd.opening import open_qcow2
 from blockd.qcow2 import snapshots
-from blockd.qcow2.image import Qcow2Image
 from coordinator.contract import messages
 from coordinator.contract.config import Export, LeasePolicy
 from coordinator.contract.errors import BlockError
@@ -197,7 +197,7 @@ def test_a_disk_that_grows_over_a_state_is_zero_there(tmp_path: Path) -> None:
     daemon.close()
     file = daemon.files["b"]
     run_tool("qemu-img", "snapshot", "-a", "one", file)
-    image = Qcow2Image(file)
+    image = open_qcow2(file)
     image.resize(64 << 20)
     assert not any(read(image, SIZE))
     image.close()
@@ -362,7 +362,7 @@ WORK: dict[str, Callable[[Daemon], None]] = {
 def test_a_change_that_fails_takes_all_back(
     tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(opening, "HostFile", Faulty)
+    monkeypatch.setattr(files, "HostFile", Faulty)
     failed = 0
     for turn in itertools.count():
         folder = tmp_path / str(turn)
@@ -419,7 +419,7 @@ def test_killed_at_each_change(tmp_path: Path, what: str) -> None:
 
 def content_of(file: str, name: str) -> tuple[tuple[str, ...], bytes]:
     """The tags of an image's snapshots, and which of the two contents it has."""
-    image = Qcow2Image(file, read_only=True, locked=False)
+    image = open_qcow2(file, read_only=True, locked=False)
     try:
         tags = tuple(each.name for each in snapshots.load(image.host, image.header))
         found = read(image)

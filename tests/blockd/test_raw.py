@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from blockd.export import open_image
+from blockd.export_image import open_image
 from blockd.image import Extent
 from blockd.qcow2.create import Options, create
 from blockd.raw import RawImage

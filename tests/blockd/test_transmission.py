@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from blockd.export import FORMATS
+from blockd.export_image import FORMATS
 from blockd.image import Buffer
 from blockd.locks import lock_image
 from blockd.nbd.server import Connection, Limits

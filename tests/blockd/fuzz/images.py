@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+from blockd.opening import open_qcow2
 from blockd.qcow2 import bitmaps, operations, snapshots
 from blockd.qcow2.check import check, repair
 from blockd.qcow2.dirty import DirtyBitmap
@@ -135,7 +136,7 @@ class Images:
         opened = self._change(file, rnd, content if clean else None)
         assert Path("base").stat().st_size == 96 * KIB, "the backing file has changed"
         if opened:
-            Qcow2Image(file, read_only=True).close()
+            open_qcow2(file, read_only=True).close()
         if opened and clean:
             assert self._in_order(file), "it was in order before it was used"
         for each in self._folder.iterdir():
@@ -242,7 +243,7 @@ class Images:
         """Open, do it, close; errors are fine if they are told in one line."""
 
         def run() -> None:
-            image = Qcow2Image(file, **how)  # type: ignore[arg-type]
+            image = open_qcow2(file, **how)  # type: ignore[arg-type]
             try:
                 action(image)
             finally:

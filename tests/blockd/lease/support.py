@@ -18,12 +18,13 @@ from typing import Any
 import pytest
 
 from blockd import locks
-from blockd.export import ExportTable, open_image
+from blockd.export import ExportTable
+from blockd.export_image import open_image
 from blockd.image import Image
 from blockd.lease import host, judge, lease, manager
 from blockd.lease.lease import Lease
 from blockd.lease.manager import LeasedExports
-from blockd.lease.record import Owner
+from blockd.lease.record import Identity, Owner
 from blockd.lease.slot import Slot
 from blockd.lease.transfer import Destination, Source
 from coordinator.contract.config import Export, LeasePolicy
@@ -60,8 +61,8 @@ class Actor:
         self.destination = Destination(self.exports)
         world.actors.append(self)
 
-    def identity(self) -> host.Identity:
-        return host.Identity(self.machine, self.machine + "-id", self.boot, 1, self.pid, self.pid * 10)
+    def identity(self) -> Identity:
+        return Identity(self.machine, self.machine + "-id", self.boot, 1, self.pid, self.pid * 10)
 
     def do(self, what: Callable[[], Any], kill_before: int | None = None) -> Any:
         """Run something as this actor; ``kill_before``: the file operation that it does not live to see."""

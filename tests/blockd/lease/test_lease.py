@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from blockd.lease import judge
@@ -287,14 +289,15 @@ def test_records_are_plain_files_others_may_read(world: World, tmp_path: Path) -
     one.do(lambda: one.open(files))
     (record,) = tmp_path.glob("*.lease-*")
     assert stat.S_IMODE(record.stat().st_mode) & 0o444 and record.stat().st_nlink == 1
-    assert unseal("lease", record.read_bytes()).startswith(b'{"serial":1,"epoch":1,"state":"held"')
+    told = json.loads(unseal("lease", record.read_bytes()))
+    assert (told["serial"], told["epoch"], told["state"], told["host"]) == (1, 1, "held", "one")
 
 
 def test_a_container_that_is_gone_is_known_by_its_locks(world: World, tmp_path: Path) -> None:
     """Another PID namespace of the same boot: its PIDs say nothing here, its image locks do."""
     files = make_files(tmp_path, "a")
     one, other = Actor(world, "one"), Actor(world, "one")
-    identity = one.identity()._replace(namespace=77)
+    identity = msgspec.structs.replace(one.identity(), namespace=77)
     one.identity = lambda: identity  # type: ignore[method-assign]
     one.do(lambda: one.open(files))
     one.kill()

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from blockd.export import open_image
+from blockd.export_image import open_image
 from blockd.image import Image
 from blockd.img.main import run
 from blockd.nbd.file import NbdFile
+from blockd.opening import open_qcow2
 from blockd.qcow2.backing import Chain
 from blockd.qcow2.create import Options, create
-from blockd.qcow2.image import Qcow2Image
 from coordinator.cli import drives
 from coordinator.cli.settings import Settings
 from coordinator.contract.config import Export, Media
@@ -148,7 +148,7 @@ def test_a_backing_file_shorter_than_the_image(
 ) -> None:
     uri = name(nbdkit("memory", "size=1M"))
     top = make_qcow2(tmp_path / "top.qcow2", backing_file=uri, backing_format="raw")
-    image = Qcow2Image(top, True, Chain((uri,)))
+    image = open_qcow2(top, True, Chain((uri,)))
     assert content(image) == bytes(SIZE)
     image.close()
     assert "cannot be resized over NBD" in told(capsys, "commit", "--allow-backing", uri, top, status=1)
@@ -161,9 +161,9 @@ def test_a_server_is_asked_only_when_the_user_says_so(nbdkit: Start, tmp_path: P
         top = make_qcow2(tmp_path / "top.qcow2", backing_file=spelling, backing_format="raw")
         for places in ((), (str(tmp_path),), (name(path, "other"),), (f"nbds+unix:///x?socket={path}",)):
             with pytest.raises(BlockError, match="is on a server, so it is refused"):
-                Qcow2Image(top, True, Chain(places))
+                open_qcow2(top, True, Chain(places))
         for place in ("*", name(path), name(path, ""), f"nbd:unix:{path}"):
-            image = Qcow2Image(top, True, Chain((place,)))
+            image = open_qcow2(top, True, Chain((place,)))
             assert content(image) == bytes(SIZE)
             image.close()
 
@@ -173,8 +173,8 @@ def test_an_image_on_a_server_has_no_folder(nbdkit: Start, tmp_path: Path, noise
         top = make_qcow2(tmp_path / "top.qcow2", backing_file=backing, backing_format="raw")
         uri = name(nbdkit("file", top))
         with pytest.raises(BlockError, match=words):
-            Qcow2Image(uri, True)
-    image = Qcow2Image(uri, True, Chain((str(tmp_path),)))
+            open_qcow2(uri, True)
+    image = open_qcow2(uri, True, Chain((str(tmp_path),)))
     assert content(image) == noise.read_bytes()
     image.close()
 
@@ -184,7 +184,7 @@ def test_a_chain_that_loops_over_a_server(nbdkit: Start, tmp_path: Path) -> None
     uri = name(nbdkit("file", make_qcow2(tmp_path / "top.qcow2")))
     make_qcow2(tmp_path / "top.qcow2", backing_file=uri, backing_format="qcow2")
     with pytest.raises(BlockError, match="is a loop"):
-        Qcow2Image(top, True, Chain(("*",)))
+        open_qcow2(top, True, Chain(("*",)))
 
 
 # ---- qcow2 over NBD ------------------------------------------------------------------------------------

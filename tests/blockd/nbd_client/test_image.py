@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from blockd.export import open_image
+from blockd.export_image import open_image
 from blockd.image import Extent
 from blockd.nbd.remote import NbdImage
 from blockd.nbd.replies import Request

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from blockd.hostfile import HostFile
+from blockd.opening import open_qcow2
 from blockd.qcow2 import snapshots
 from blockd.qcow2.check import check
 from blockd.qcow2.image import Qcow2Image
@@ -57,7 +58,7 @@ def features(shape: tuple[int, int, int]) -> dict[str, Any]:
 
 
 def no_corruption(file: str) -> None:
-    image = Qcow2Image(file, read_only=True, repair=True, locked=False)
+    image = open_qcow2(file, read_only=True, repair=True, locked=False)
     try:
         report = check(image)
     finally:
@@ -174,7 +175,7 @@ class Life:
             with contextlib.chdir(self.folder):  # where qemu-img looks for data files
                 qemu_check(self.file, leaks_allowed=True)
             no_corruption(self.file)
-            image = Qcow2Image(self.file)  # a writer's lock is gone with it
+            image = open_qcow2(self.file)  # a writer's lock is gone with it
             found = read(image)
             names = {snapshot.name for snapshot in snapshots.load(image.host, image.header)}
             image.close()
@@ -322,7 +323,7 @@ _OPEN: dict[str, Qcow2Image] = {}
 def _opened(file: str) -> Qcow2Image:
     """A worker's image; opened by its first operation, so that a crash may come then, too."""
     if file not in _OPEN:
-        _OPEN[file] = Qcow2Image(file)
+        _OPEN[file] = open_qcow2(file)
     return _OPEN[file]
 
 
@@ -336,7 +337,7 @@ def _img(*arguments: str) -> Callable[[], None]:
 
 
 def _snapshot(file: str, name: str) -> bytes:
-    image = Qcow2Image(file, read_only=True, snapshot=name)
+    image = open_qcow2(file, read_only=True, snapshot=name)
     try:
         return read(image)
     finally:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from blockd.opening import open_qcow2
 from blockd.qcow2.check import check
 from blockd.qcow2.compression import compress
 from blockd.qcow2.image import Qcow2Image
@@ -98,7 +99,7 @@ class Match:
     # ---- writes -----------------------------------------------------------------------------------
     def write(self) -> None:
         if self.rnd.random() < 0.5:
-            image = Qcow2Image(self.file)
+            image = open_qcow2(self.file)
             try:
                 for _ in range(12):
                     discards = self.kind.version >= 3 or not self.backed
@@ -184,7 +185,7 @@ class Match:
     def judge(self) -> None:
         qemu_check(self.file)
         qemu_reads(self.file, bytes(self.model.data), self.folder)
-        image = Qcow2Image(self.file, read_only=True)
+        image = open_qcow2(self.file, read_only=True)
         try:
             assert read(image) == self.model.data
             report = check(image)
@@ -192,7 +193,7 @@ class Match:
         finally:
             image.close()
         for name, data in self.model.snapshots.items():
-            image = Qcow2Image(self.file, read_only=True, snapshot=name)
+            image = open_qcow2(self.file, read_only=True, snapshot=name)
             assert read(image) == data
             image.close()
             if len(data) == len(self.model.data):  # QEMU takes the disk's size of now

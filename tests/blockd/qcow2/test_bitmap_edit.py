@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from blockd.opening import open_qcow2
 from blockd.qcow2 import operations
 from blockd.qcow2.bitmap_edit import BitmapSet, scaled
 from blockd.qcow2.check import check
-from blockd.qcow2.image import Qcow2Image
 from tests.blockd.qcow2.support import qemu_check
 from tests.blockd.qcow2.test_header import _Log, states
 from tests.blockd.qcow2.test_img import both_json, img, qemu_img
@@ -52,7 +52,7 @@ def shown(file: str) -> dict[str, tuple[int, list[str]]]:
 
 def clean(file: str) -> None:
     qemu_check(file)
-    image = Qcow2Image(file, read_only=True)
+    image = open_qcow2(file, read_only=True)
     report = check(image)
     image.close()
     assert not report.lines
@@ -199,7 +199,7 @@ def test_writers_beside_a_disk_that_grows(tmp_path: Path) -> None:
     file = str(tmp_path / "disk.qcow2")
     qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", file, "4M")
     img("bitmap", "--add", "-g", "512", file, "one")
-    image = Qcow2Image(file)
+    image = open_qcow2(file)
     written: list[set[int]] = [set() for _ in range(3)]
 
     def work(number: int) -> None:
@@ -218,7 +218,7 @@ def test_writers_beside_a_disk_that_grows(tmp_path: Path) -> None:
         thread.join()
     image.close()
     clean(file)
-    image = Qcow2Image(file, read_only=True)
+    image = open_qcow2(file, read_only=True)
     assert set(np.flatnonzero(BitmapSet(image).content("one")).tolist()) == set().union(*written)
     image.close()
 
@@ -262,7 +262,7 @@ def test_loss_of_power(tmp_path: Path, change: str) -> None:
         img("bitmap", "--add", "-g", "512", str(file), name)
     run_tool("qemu-io", "-f", "qcow2", "-c", "write -q 0 4k", str(file))
     start = file.read_bytes()
-    image = Qcow2Image(str(file), open_file=_Log)
+    image = open_qcow2(str(file), open_file=_Log)
     log = image.host
     assert isinstance(log, _Log)
     with operations.at_rest(image):
@@ -278,7 +278,7 @@ def test_loss_of_power(tmp_path: Path, change: str) -> None:
     lost = tmp_path / "lost.qcow2"
     for data in random.Random(2).sample(seen, min(len(seen), 60)):
         lost.write_bytes(data)
-        image = Qcow2Image(str(lost), read_only=True, repair=True)
+        image = open_qcow2(str(lost), read_only=True, repair=True)
         report = check(image)
         assert not report.corruptions, report.lines
         known = BitmapSet(image)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from blockd.opening import open_qcow2
 from blockd.qcow2 import operations
 from blockd.qcow2.check import check
-from blockd.qcow2.image import Qcow2Image
 from tests.blockd.qcow2.support import qemu_check
 from tests.support.tools import run_tool
 
@@ -49,7 +49,7 @@ def flags(file: str) -> dict[str, list[str]]:
 
 
 def test_changes_are_followed(file: str) -> None:
-    image = Qcow2Image(file)
+    image = open_qcow2(file)
     image.write(2 * MIB - 100, b"x" * 200)
     image.write_zeroes(8 * MIB, MIB, unmap=True, fast=False)
     image.trim(12 * MIB, GRANULE)
@@ -58,7 +58,7 @@ def test_changes_are_followed(file: str) -> None:
     qemu_check(file)
     assert flags(file) == {"one": ["auto"], "two": []}
     assert dirty(file, "one") == {16, 31, 32, *range(128, 144), 192}
-    image = Qcow2Image(file, read_only=True)
+    image = open_qcow2(file, read_only=True)
     report = check(image)
     assert not report.lines
     image.close()
@@ -66,7 +66,7 @@ def test_changes_are_followed(file: str) -> None:
 
 def test_opening_alone_changes_nothing(file: str) -> None:
     before = Path(file).read_bytes()
-    Qcow2Image(file).close()
+    open_qcow2(file).close()
     assert Path(file).read_bytes() == before
 
 
@@ -74,7 +74,7 @@ def test_a_crash_leaves_the_bitmap_marked(file: str) -> None:
     child = os.fork()
     if not child:
         try:
-            Qcow2Image(file).write(0, b"x")
+            open_qcow2(file).write(0, b"x")
         finally:
             os._exit(0)
     os.waitpid(child, 0)
@@ -88,7 +88,7 @@ def test_the_bit_without_the_extension_is_cleared(tmp_path: Path) -> None:
     data = bytearray(name.read_bytes())
     data[95] |= 1
     name.write_bytes(data)
-    Qcow2Image(str(name)).close()
+    open_qcow2(str(name)).close()
     assert name.read_bytes()[95] == 0
 
 
@@ -97,7 +97,7 @@ def test_a_smaller_disk_after_writes_that_wait_to_be_noted(tmp_path: Path) -> No
     name = str(tmp_path / "disk.qcow2")
     run_tool("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=512", name, "256k")
     run_tool("qemu-img", "bitmap", "--add", "-g", "512", name, "one")
-    image = Qcow2Image(name)
+    image = open_qcow2(name)
     image.write(0, b"x" * 20000)
     operations.resize(image, 65536)
     image.write(30000, b"y" * 20000)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from blockd.opening import open_qcow2
 from blockd.qcow2.backing import Chain
-from blockd.qcow2.image import Qcow2Image
 from tests.blockd.qcow2.support import qemu_check, qemu_reads, read
 from tests.blockd.qcow2.test_img import img, qemu_img
 from tests.support.tools import run_tool
@@ -53,7 +53,7 @@ class Disks:
         for name in names:
             qemu_check(self.file(name))
             qemu_reads(self.file(name), self.read[name], self.folder)
-            image = Qcow2Image(self.file(name), read_only=True, chain=Chain(("*",)))
+            image = open_qcow2(self.file(name), read_only=True, chain=Chain(("*",)))
             assert read(image) == self.read[name]
             image.close()
 

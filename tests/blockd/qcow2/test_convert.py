@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from blockd.img import copying
-from blockd.qcow2.image import Qcow2Image
+from blockd.opening import open_qcow2
 from tests.blockd.qcow2.support import qemu_check
 from tests.blockd.qcow2.test_img import img, qemu_img
 
@@ -185,7 +185,7 @@ def test_signal(
 def test_source_that_cannot_be_read(mixed: Path, tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     img("convert", "-c", "-O", "qcow2", str(mixed), str(source))
-    image = Qcow2Image(str(source), read_only=True)
+    image = open_qcow2(str(source), read_only=True)
     kind, _, _, entry = next(piece for piece in image.map(3 * MIB, MIB))
     place, length = image.mapping.layout.packed(entry)
     image.close()
@@ -201,7 +201,7 @@ def test_target_in_use_stays(mixed: Path, tmp_path: Path) -> None:
     target = tmp_path / "target"
     img("create", "-f", "qcow2", str(target), "1M")
     before = target.read_bytes()
-    user = Qcow2Image(str(target))
+    user = open_qcow2(str(target))
     try:
         for kind in ("raw", "qcow2"):
             # the lock is another open file's, as another process's would be

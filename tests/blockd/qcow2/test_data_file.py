@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from blockd.opening import open_qcow2
 from blockd.qcow2 import operations
 from blockd.qcow2.backing import Chain
 from blockd.qcow2.check import check, repair
-from blockd.qcow2.image import Qcow2Image
 from coordinator.contract.errors import BlockError
 from tests.blockd.qcow2.support import Model, ours, qemu_check, qemu_reads, read
 from tests.blockd.qcow2.test_img import both_json, img, qemu_img
@@ -44,12 +44,12 @@ def test_both_sides(tmp_path: Path, maker: str, raw: bool) -> None:
     model = Model(SIZE, 4096)
     rnd = random.Random(5)
     for turn in range(3):
-        image = Qcow2Image(file)
+        image = open_qcow2(file)
         for _ in range(40):
             ours(image, model, rnd, whole=False)
         assert read(image) == model.data
         image.close()
-        image = Qcow2Image(file, read_only=True)
+        image = open_qcow2(file, read_only=True)
         assert not check(image).lines
         image.close()
         qemu_check(file)
@@ -66,7 +66,7 @@ def test_both_sides(tmp_path: Path, maker: str, raw: bool) -> None:
 def test_what_lay_in_the_data_file_does_not_come_to_light(tmp_path: Path) -> None:
     file = make_image(tmp_path, "ours", False)
     (tmp_path / "disk.data").write_bytes(b"\xaa" * SIZE)
-    image = Qcow2Image(file)
+    image = open_qcow2(file)
     image.write(4096 + 100, b"x" * 10)
     assert read(image, 0, 12288) == bytes(4196) + b"x" * 10 + bytes(12288 - 4206)
     image.close()
@@ -75,7 +75,7 @@ def test_what_lay_in_the_data_file_does_not_come_to_light(tmp_path: Path) -> Non
 
 def test_size_and_what_cannot_be(tmp_path: Path) -> None:
     file = make_image(tmp_path, "ours", True)
-    image = Qcow2Image(file)
+    image = open_qcow2(file)
     image.write(0, b"q" * SIZE)
     with pytest.raises(OSError, match="no snapshots"):
         operations.create(image, "one")
@@ -88,7 +88,7 @@ def test_size_and_what_cannot_be(tmp_path: Path) -> None:
     assert os.path.getsize("disk.data") == SIZE // 2
     qemu_check(file)
     qemu_reads(file, b"q" * (SIZE // 2), tmp_path)
-    image = Qcow2Image(file, repair=True)
+    image = open_qcow2(file, repair=True)
     assert not repair(image, everything=True).corruptions
     image.close()
 
@@ -98,9 +98,9 @@ def test_a_data_file_elsewhere_must_be_allowed(tmp_path: Path) -> None:
     file = str(tmp_path / "images" / "disk.qcow2")
     img("create", "-q", "-f", "qcow2", "-o", f"data_file={tmp_path}/secret", file, "1M")
     with pytest.raises(BlockError, match="data file .* outside"):
-        Qcow2Image(file, read_only=True)
-    Qcow2Image(file, read_only=True, chain=Chain((str(tmp_path),))).close()
+        open_qcow2(file, read_only=True)
+    open_qcow2(file, read_only=True, chain=Chain((str(tmp_path),))).close()
     os.unlink(file)
     img("create", "-q", "-f", "qcow2", "-o", "data_file=disk.qcow2", file, "1M", status=None)
     with pytest.raises(BlockError):
-        Qcow2Image(file, read_only=True)
+        open_qcow2(file, read_only=True)

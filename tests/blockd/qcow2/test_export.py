@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from blockd.export import open_image
+from blockd.export_image import open_image
 from coordinator.contract.config import Export
 from coordinator.contract.errors import BlockError
 from tests.blockd.conftest import Serve

@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blockd.hostfile import HostFile
+from blockd.opening import open_qcow2
 from blockd.qcow2 import subclusters
 from blockd.qcow2.check import check, repair
 from blockd.qcow2.compression import compress
 from blockd.qcow2.header import Header, Incompatible
-from blockd.qcow2.image import Qcow2Image
 from blockd.qcow2.tables import COMPRESSED, DATA, PACKED, UNALLOCATED, ZEROES, L2Table, Layout
 from coordinator.contract.errors import BlockError
 from tests.blockd.qcow2.support import Model, make, ours, qemu_check, qemu_reads, read
@@ -88,21 +88,21 @@ def test_ours_then_theirs(tmp_path: Path, shape: tuple[int, int, int]) -> None:
     model = Model(SIZE, shape[0])
     rnd = random.Random(shape[0])
     for _ in range(3):
-        image = Qcow2Image(file)
+        image = open_qcow2(file)
         for _ in range(60):
             ours(image, model, rnd)
         assert read(image) == model.data
         image.close()
         figures = qemu_check(file)
         qemu_reads(file, bytes(model.data), tmp_path)
-        image = Qcow2Image(file, read_only=True)
+        image = open_qcow2(file, read_only=True)
         report = check(image)
         assert (report.corruptions, report.leaks, report.lines) == (0, 0, [])
         assert report.allocated_clusters == figures.get("allocated-clusters", 0)
         image.close()
         same_map(file)
     for name, data in model.snapshots.items():
-        image = Qcow2Image(file, read_only=True, snapshot=name)
+        image = open_qcow2(file, read_only=True, snapshot=name)
         assert read(image) == data
         image.close()
 
@@ -117,7 +117,7 @@ def test_theirs_and_ours_in_turn(tmp_path: Path, shape: tuple[int, int, int]) ->
     for turn in range(4):
         theirs(file, model, rnd, first=turn == 0, snapshots=turn < 2)
         same_map(file)
-        image = Qcow2Image(file)
+        image = open_qcow2(file)
         assert read(image) == model.data
         for _ in range(40):
             ours(image, model, rnd, whole=turn == 1)
@@ -138,7 +138,7 @@ def test_over_a_backing_file(tmp_path: Path, shape: tuple[int, int, int]) -> Non
     rnd = random.Random(4)
     for turn in range(3):
         theirs(file, model, rnd, first=False, snapshots=turn == 1)
-        image = Qcow2Image(file)
+        image = open_qcow2(file)
         for _ in range(60):
             ours(image, model, rnd, whole=False)
         assert read(image) == model.data
@@ -156,7 +156,7 @@ def test_only_the_subclusters_that_are_written_are_copied(tmp_path: Path) -> Non
         tmp_path / "top", 4 << 20, (1 << 21, 3, 16), extended_l2=True, backing_file="base",
         backing_format="raw",
     )  # fmt: skip
-    image = Qcow2Image(file)
+    image = open_qcow2(file)
     image.write(70 << 10, b"x" * 512)
     pieces = [(kind, start, size) for kind, start, size, _ in image.map(0, image.size)]
     assert (DATA, 64 << 10, 64 << 10) in pieces
@@ -191,7 +191,7 @@ def test_no_old_bytes_come_to_light(tmp_path: Path, below: bool) -> None:
     (tmp_path / "base").write_bytes(b"b" * 65536)
     more = {"backing_file": "base", "backing_format": "raw"} if below else {}
     file = make(tmp_path / "disk.qcow2", 65536, (65536, 3, 16), extended_l2=True, **more)
-    image = Qcow2Image(file, open_file=_Log)
+    image = open_qcow2(file, open_file=_Log)
     log = image.host
     assert isinstance(log, _Log)
     image.write(0, b"o" * 32768)
@@ -209,7 +209,7 @@ def test_no_old_bytes_come_to_light(tmp_path: Path, below: bool) -> None:
                 if number != lost:
                     data[offset : offset + len(content)] = content
             (tmp_path / "lost").write_bytes(data)
-            after = Qcow2Image(str(tmp_path / "lost"), read_only=True)
+            after = open_qcow2(str(tmp_path / "lost"), read_only=True)
             found = read(after)
             after.close()
             assert found[:at] + found[at + 100 :] == before[:at] + before[at + 100 :]
@@ -220,7 +220,7 @@ def test_a_host_cluster_that_is_used_again_is_not_taken_for_empty(tmp_path: Path
     """Subclusters that were never written in its first life hold data in its second."""
     size, count = 16384, 64
     file = make(tmp_path / "disk.qcow2", size * count, (size, 3, 16), extended_l2=True)
-    image = Qcow2Image(file)
+    image = open_qcow2(file)
     for number in range(count):
         image.write(number * size, b"1" * 512)
     image.write_zeroes(0, size * count, unmap=True, fast=False)
@@ -239,7 +239,7 @@ def test_compressed_clusters_beside_them(tmp_path: Path) -> None:
     file = make(tmp_path / "disk.qcow2", 1 << 20, (65536, 3, 16), extended_l2=True)
     plain = bytes(random.Random(5).choices(b"\1\2", k=65536))
     model = Model(1 << 20, 65536)
-    image = Qcow2Image(file)
+    image = open_qcow2(file)
     for number in range(4):
         image.write_compressed(number << 16, compress(plain, "zlib"))
         model.data[number << 16 : (number + 1) << 16] = plain
@@ -262,7 +262,7 @@ def test_with_an_external_data_file(tmp_path: Path, raw: bool, monkeypatch: pyte
     model = Model(4 << 20, 16384)
     rnd = random.Random(5)
     for turn in range(3):
-        image = Qcow2Image(file)
+        image = open_qcow2(file)
         for _ in range(60):
             ours(image, model, rnd, whole=False)
         assert read(image) == model.data
@@ -307,11 +307,11 @@ def test_convert_resize_and_preallocation(tmp_path: Path) -> None:
 def test_repair_of_impossible_bitmaps(tmp_path: Path) -> None:
     """Allocated and zero at once; allocated without a cluster; a bitmap beside a compressed cluster."""
     file = make(tmp_path / "disk.qcow2", 1 << 20, (16384, 3, 16), extended_l2=True)
-    image = Qcow2Image(file)
+    image = open_qcow2(file)
     image.write(0, b"x" * 16384)
     image.write_compressed(32768, compress(b"c" * 16384, "zlib"))
     image.close()
-    image = Qcow2Image(file, read_only=True)
+    image = open_qcow2(file, read_only=True)
     l2 = int(image.mapping.l1[0]) & ~(1 << 63)
     image.close()
     start = Path(file).read_bytes()
@@ -319,17 +319,17 @@ def test_repair_of_impossible_bitmaps(tmp_path: Path) -> None:
         damaged = bytearray(start)
         damaged[l2 + 16 * number + 8 : l2 + 16 * number + 16] = bitmap
         Path(file).write_bytes(damaged)
-        image = Qcow2Image(file)
+        image = open_qcow2(file)
         with pytest.raises(OSError, match="subcluster bitmap"):
             image.write(65536, b"y")
         image.close()
-        image = Qcow2Image(file, repair=True)
+        image = open_qcow2(file, repair=True)
         assert check(image).corruptions
         after = repair(image, everything=True)
         assert not after.corruptions and not after.leaks and after.corruptions_fixed
         image.close()
         qemu_check(file)
-        image = Qcow2Image(file, read_only=True)
+        image = open_qcow2(file, read_only=True)
         assert read(image, 0, 49152) == b"x" * 16384 + bytes(16384) + b"c" * 16384
         image.close()
 
@@ -340,7 +340,7 @@ def test_clusters_that_are_too_small_are_refused(tmp_path: Path) -> None:
     data[79] |= 16
     Path(file).write_bytes(data)
     with pytest.raises(BlockError, match="extended L2 entries with clusters of 4096"):
-        Qcow2Image(file, read_only=True)
+        open_qcow2(file, read_only=True)
 
 
 #: the header, the first entries of the refcount table, of a block, of the L1 table and of two L2 tables
@@ -357,7 +357,7 @@ for _start in (0x4000, 0x8000, 0xC000, 0x10000, 0x14000):
 def test_fuzzed_images(tmp_path: Path, changes: list[tuple[int, int]], cut: int) -> None:
     seed = tmp_path / "seed"
     if not seed.exists():
-        image = Qcow2Image(make(seed, 256 << 10, (16384, 3, 16), extended_l2=True))
+        image = open_qcow2(make(seed, 256 << 10, (16384, 3, 16), extended_l2=True))
         image.write(3000, random.Random(1).randbytes(30000))
         image.write_compressed(65536, compress(b"c" * 16384, "zlib"))
         image.write_zeroes(16384, 2048, unmap=False, fast=False)

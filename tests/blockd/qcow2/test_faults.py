@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from blockd.hostfile import HostFile
+from blockd.opening import open_qcow2
 from blockd.qcow2 import operations
 from blockd.qcow2.check import repair
 from blockd.qcow2.compression import compress
@@ -288,7 +289,7 @@ def _make(case: Case, folder: Path) -> tuple[str, bytes]:
         run_tool("qemu-img", "bitmap", "--add", "-g", "512", file, "one")
     if case.filled:
         content = random.Random(4).randbytes(case.filled)
-        image = Qcow2Image(file)
+        image = open_qcow2(file)
         image.write(0, content)
         image.close()
     return file, content
@@ -310,7 +311,7 @@ def _run(case: Case, file: str, content: bytes, faults: Faults, watched: bool = 
                 kinds.append({f"{call} {role}" for role in found})
         return after
 
-    image = Qcow2Image(file, open_file=faults.open)
+    image = open_qcow2(file, open_file=faults.open)
     try:
         anatomy = Anatomy(Path(file).read_bytes()) if watched else None
         script = Script(image, Model(case.size, case.shape[0], content))
@@ -338,7 +339,7 @@ def _run(case: Case, file: str, content: bytes, faults: Faults, watched: bool = 
     if anatomy is not None:
         look(anatomy)
     no_corruption(file)
-    image = Qcow2Image(file, read_only=True)
+    image = open_qcow2(file, read_only=True)
     _judge(read(image), allowed)
     image.close()
     return kinds

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from blockd.hostfile import HostFile
+from blockd.opening import open_qcow2
 from blockd.qcow2 import header, operations
 from blockd.qcow2.header import Header
-from blockd.qcow2.image import Qcow2Image
 from coordinator.contract.errors import BlockError
 from tests.blockd.qcow2.support import make, qemu_check
 from tests.blockd.qcow2.test_img import both_json
@@ -80,7 +80,7 @@ def test_the_backing_file_changes_all_at_once(tmp_path: Path, cluster_size: int,
         if cluster_size == 1024 and name is not None:
             name = name[:60]  # there must be room for the old and the new one
         start = Path(file).read_bytes()
-        image = Qcow2Image(file, open_file=_Log, backed=False)
+        image = open_qcow2(file, open_file=_Log, backed=False)
         log = image.host
         assert isinstance(log, _Log)
         before = essence(image.header)
@@ -96,7 +96,7 @@ def test_the_backing_file_changes_all_at_once(tmp_path: Path, cluster_size: int,
         for data in states(start, log.log):
             found = essence(header.parse("x", data[:cluster_size], len(data), writable=True))
             assert found in seen.values()
-        again = Qcow2Image(file, read_only=True, backed=False)
+        again = open_qcow2(file, read_only=True, backed=False)
         assert essence(again.header) == after
         assert (
             again.header.extension(header.ExtensionType.FEATURE_NAMES) is not None

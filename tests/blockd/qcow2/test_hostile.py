@@ -34,10 +34,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from blockd.opening import open_qcow2
 from blockd.qcow2.backing import Chain
 from blockd.qcow2.check import check, repair
 from blockd.qcow2.compression import decompress
-from blockd.qcow2.image import Qcow2Image
 from coordinator.contract.config import Export
 from coordinator.contract.errors import BlockError
 from tests.blockd.conftest import Serve
@@ -56,7 +56,7 @@ def patched(file: str, *changes: tuple[int, str, int]) -> str:
 
 def refusal(file: str, **how: object) -> str:
     with pytest.raises(BlockError) as caught:
-        Qcow2Image(file, **how).close()  # type: ignore[arg-type]
+        open_qcow2(file, **how).close()  # type: ignore[arg-type]
     text = str(caught.value)
     assert "\n" not in text and text.startswith(file)
     return text
@@ -117,7 +117,7 @@ def test_an_unknown_feature_is_named_as_the_image_names_it(tmp_path: Path) -> No
 
 def test_a_corrupt_image_can_be_read(tmp_path: Path) -> None:
     file = patched(make(tmp_path / "disk.qcow2", 1 << 20), (72, ">Q", 2))
-    image = Qcow2Image(file, read_only=True)
+    image = open_qcow2(file, read_only=True)
     assert not any(read(image))
     image.close()
 
@@ -143,14 +143,14 @@ def test_a_file_that_ends_in_the_header(tmp_path: Path, length: int) -> None:
 )
 def test_l2_entries_that_would_destroy_the_image(tmp_path: Path, entry: int) -> None:
     file = make(tmp_path / "disk.qcow2", 1 << 20)
-    image = Qcow2Image(file)
+    image = open_qcow2(file)
     image.write(0, b"x" * 512)
     l2 = int(image.mapping.l1[0]) & ~(1 << 63)
     assert l2 == 0x40000
     image.close()
     patched(file, (l2 + 8, ">Q", entry))
     before = Path(file).read_bytes()[:l2]
-    image = Qcow2Image(file)
+    image = open_qcow2(file)
     for attempt in (lambda: image.write(65536, b"y" * 512), lambda: image.trim(65536, 65536)):
         with pytest.raises(OSError) as caught:
             attempt()
@@ -163,7 +163,7 @@ def test_l2_entries_that_would_destroy_the_image(tmp_path: Path, entry: int) -> 
 def test_l1_entry_that_points_at_the_header_or_the_l1_table(tmp_path: Path) -> None:
     file = make(tmp_path / "disk.qcow2", 1 << 20)
     for entry in (0x8000000000000200, 0x8000000000030000, 0xFF00000000040000):
-        image = Qcow2Image(patched(file, (0x30000, ">Q", entry)))
+        image = open_qcow2(patched(file, (0x30000, ">Q", entry)))
         with pytest.raises(OSError, match="L1 entry"):
             image.write(0, b"z")
         image.close()
@@ -172,12 +172,12 @@ def test_l1_entry_that_points_at_the_header_or_the_l1_table(tmp_path: Path) -> N
 @pytest.mark.parametrize("table", [0x30000, 0x40000], ids=["L1", "L2"])
 def test_entries_that_would_make_the_file_huge(tmp_path: Path, table: int) -> None:
     file = make(tmp_path / "disk.qcow2", 1 << 20)
-    image = Qcow2Image(file)
+    image = open_qcow2(file)
     image.write(0, b"x" * 512)
     image.close()
     patched(file, (table, ">Q", 1 << 63 | 1 << 50))
     size = os.path.getsize(file)
-    image = Qcow2Image(file)
+    image = open_qcow2(file)
     for offset in (0, 65536):
         with pytest.raises(OSError, match="not possible|behind the end"):
             image.write(offset, b"y" * 512)
@@ -188,12 +188,12 @@ def test_entries_that_would_make_the_file_huge(tmp_path: Path, table: int) -> No
 @pytest.mark.parametrize("cluster", [0, 1, 2, 3, 4], ids=["header", "table", "block", "L1", "L2"])
 def test_tables_whose_refcount_is_zero_are_not_given_away(tmp_path: Path, cluster: int) -> None:
     file = make(tmp_path / "disk.qcow2", 1 << 20)
-    image = Qcow2Image(file)
+    image = open_qcow2(file)
     image.write(0, b"x" * 512)
     image.close()
     patched(file, (0x20000 + 2 * cluster, ">H", 0))
     before = Path(file).read_bytes()
-    image = Qcow2Image(file)
+    image = open_qcow2(file)
     with pytest.raises(OSError, match="refcounts are wrong"):
         image.write(65536, b"y" * 512)
     image.close()
@@ -203,14 +203,14 @@ def test_tables_whose_refcount_is_zero_are_not_given_away(tmp_path: Path, cluste
 
 def test_a_leak_of_a_cluster_in_use_is_freed_with_its_flag(tmp_path: Path) -> None:
     file = make(tmp_path / "disk.qcow2", 1 << 20)
-    image = Qcow2Image(file)
+    image = open_qcow2(file)
     image.write(0, b"x" * 512)
     data = image.mapping.l1_view[0] & ~(1 << 63)
     image.close()
     # as after the loss of a snapshot: counted twice, and so without the flag COPIED
     patched(file, (0x20000 + 2 * 5, ">H", 2), (data, ">Q", 0x50000))
     qemu_check(file, leaks_allowed=True)
-    image = Qcow2Image(file, repair=True)
+    image = open_qcow2(file, repair=True)
     assert repair(image, everything=False).leaks_fixed == 1
     image.close()
     qemu_check(file)
@@ -239,7 +239,7 @@ def test_bitmaps_that_would_destroy_the_image(tmp_path: Path, at: object, value:
 def test_nothing_at_the_end_of_the_disk(tmp_path: Path) -> None:
     """Where the last L2 table ends with the disk."""
     file = make(tmp_path / "disk.qcow2", 32 << 10, (512, 3, 16))
-    image = Qcow2Image(file)
+    image = open_qcow2(file)
     assert read(image, 32 << 10, 0) == b""
     image.write(32 << 10, b"")
     image.prefetch(32 << 10, 0)
@@ -251,7 +251,7 @@ def test_refcounts_that_count_themselves(tmp_path: Path, cluster: int) -> None:
     """The refcount table names something else than a refcount block."""
     file = patched(make(tmp_path / "disk.qcow2", 1 << 20), (0x10000, ">Q", cluster << 16))
     before = Path(file).read_bytes()
-    image = Qcow2Image(file)
+    image = open_qcow2(file)
     with pytest.raises(OSError):
         image.write(0, b"z" * 512)
     assert check(image).corruptions
@@ -262,7 +262,7 @@ def test_refcounts_that_count_themselves(tmp_path: Path, cluster: int) -> None:
 def test_block_status_of_maximal_length(tmp_path: Path, serve: Serve) -> None:
     """Many extents: the reply is bounded, and goes on where it ended."""
     file = make(tmp_path / "disk.qcow2", 8 << 30)
-    image = Qcow2Image(file)
+    image = open_qcow2(file)
     for number in range(3000):
         image.write(number << 17, b"x" * 512)
     image.close()
@@ -285,7 +285,7 @@ def test_block_status_of_maximal_length(tmp_path: Path, serve: Serve) -> None:
 def test_petabytes_in_a_tiny_file_cost_nothing(tmp_path: Path) -> None:
     file = make(tmp_path / "disk.qcow2", 2 << 50, (1 << 21, 3, 16))
     tracemalloc.start()
-    image = Qcow2Image(file, read_only=True)
+    image = open_qcow2(file, read_only=True)
     assert [(e.length, e.zero) for e in image.extents(0, image.size)] == [(2 << 50, True)]
     image.close()
     assert tracemalloc.get_traced_memory()[1] < 16 << 20
@@ -333,7 +333,7 @@ def test_a_link_does_not_lead_out_of_the_folder(tmp_path: Path) -> None:
     file = make(folder / "top.qcow2", 512, backing_file="base", backing_format="raw")
     assert "outside" in refusal(file)
     for place in (str(tmp_path), str(tmp_path / "secret"), "*"):
-        image = Qcow2Image(file, chain=Chain(allowed=(place,)))
+        image = open_qcow2(file, chain=Chain(allowed=(place,)))
         assert read(image) == b"s" * 512
         image.close()
 
@@ -362,7 +362,7 @@ def probe_all(file: str) -> None:
 
 
 def _read_all(file: str) -> None:
-    image = Qcow2Image(file, read_only=True)
+    image = open_qcow2(file, read_only=True)
     try:
         for offset in range(0, min(image.size, 1 << 20), 65536):
             read(image, offset, min(65536, image.size - offset))
@@ -374,7 +374,7 @@ def _read_all(file: str) -> None:
 
 
 def _check_all(file: str) -> None:
-    image = Qcow2Image(file, read_only=True, repair=True)
+    image = open_qcow2(file, read_only=True, repair=True)
     try:
         check(image)
     finally:
@@ -382,7 +382,7 @@ def _check_all(file: str) -> None:
 
 
 def _write_some(file: str) -> None:
-    image = Qcow2Image(file)
+    image = open_qcow2(file)
     try:
         image.write(0, b"w" * min(5000, image.size))
         image.trim(0, image.size)
@@ -412,7 +412,7 @@ def test_fuzzed_images(tmp_path: Path, changes: list[tuple[int, int]], cut: int)
     file = tmp_path / "fuzzed.qcow2"
     if not (tmp_path / "seed").exists():
         seed = make(tmp_path / "seed", 64 << 10, (512, 3, 16))
-        image = Qcow2Image(seed)
+        image = open_qcow2(seed)
         image.write(0, random.Random(1).randbytes(3000))
         image.close()
         run_tool("qemu-img", "snapshot", "-c", "one", seed)

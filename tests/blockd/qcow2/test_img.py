@@ -392,11 +392,11 @@ def test_preallocation_of_raw_images(tmp_path: Path) -> None:
 
 
 def test_what_another_process_uses_is_not_overwritten(tmp_path: Path) -> None:
-    from blockd.qcow2.image import Qcow2Image
+    from blockd.opening import open_qcow2
 
     file = str(tmp_path / "disk.qcow2")
     img("create", "-q", "-f", "qcow2", file, "1M")
-    image = Qcow2Image(file)
+    image = open_qcow2(file)
     image.write(0, b"precious")
     for arguments in (("create", "-f", "qcow2", file, "1M"), ("create", file, "1M"), ("resize", file, "2M")):
         assert "locked" in img(*arguments, status=1)

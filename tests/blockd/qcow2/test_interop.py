@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from blockd.opening import open_qcow2
 from blockd.qcow2 import refcounts
 from blockd.qcow2.check import check
 from blockd.qcow2.create import Options, create
 from blockd.qcow2.extended import MOST_UNTOUCHED, ExtendedMapping
-from blockd.qcow2.image import Qcow2Image
 from blockd.qcow2.tables import CACHE_BYTES
 from tests.blockd.qcow2.support import SHAPES, Model, make, ours, qemu_check, qemu_reads, read
 from tests.blockd.qcow2.test_img import both_json, img, qemu_img
@@ -24,20 +24,20 @@ def test_ours_then_theirs(tmp_path: Path, shape: tuple[int, int, int]) -> None:
     model = Model(SIZE, shape[0])
     rnd = random.Random(shape[0])
     for _ in range(2):
-        image = Qcow2Image(file)
+        image = open_qcow2(file)
         for _ in range(50):
             ours(image, model, rnd)
         image.close()
         figures = qemu_check(file)
         qemu_reads(file, bytes(model.data), tmp_path)
-        image = Qcow2Image(file, read_only=True)
+        image = open_qcow2(file, read_only=True)
         report = check(image)
         assert (report.corruptions, report.leaks, report.lines) == (0, 0, [])
         assert report.allocated_clusters == figures.get("allocated-clusters", 0)
         assert report.image_end_offset == figures["image-end-offset"]
         image.close()
     for name, data in model.snapshots.items():
-        image = Qcow2Image(file, read_only=True, snapshot=name)
+        image = open_qcow2(file, read_only=True, snapshot=name)
         assert read(image) == data
         image.close()
 
@@ -54,7 +54,7 @@ def test_theirs_and_ours_in_turn(tmp_path: Path, shape: tuple[int, int, int]) ->
     rnd = random.Random(shape[0] + 1)
     for turn in range(3):
         theirs(file, model, rnd, first=turn == 0, snapshots=turn < 2)
-        image = Qcow2Image(file)
+        image = open_qcow2(file)
         assert read(image) == model.data
         for _ in range(25):
             ours(image, model, rnd, whole=turn == 1)
@@ -117,7 +117,7 @@ def test_backing_file(tmp_path: Path, below: str, version: int) -> None:
         backing_format=below,
     )
     model = Model(size, 4096, base_bytes)
-    image = Qcow2Image(file)
+    image = open_qcow2(file)
     rnd = random.Random(4)
     for _ in range(60):
         ours(image, model, rnd, whole=False)
@@ -136,7 +136,7 @@ def test_compressed_clusters(tmp_path: Path, method: str, cluster_size: int) -> 
     size = 64 * cluster_size
     expected = bytearray()
     file = make(tmp_path / "disk.qcow2", size, (cluster_size, 3, 16), compression=method)
-    image = Qcow2Image(file)
+    image = open_qcow2(file)
     for number in range(64):
         piece = bytes(rnd.choices(b"\1\2", k=cluster_size))
         packed = compress(piece, method)
@@ -161,7 +161,7 @@ def test_their_compressed_image(tmp_path: Path, method: str) -> None:
     plain.write_bytes(data)
     file = str(tmp_path / "disk.qcow2")
     run_tool("qemu-img", "convert", "-c", "-O", "qcow2", "-o", f"compression_type={method}", str(plain), file)
-    image = Qcow2Image(file, read_only=True)
+    image = open_qcow2(file, read_only=True)
     assert read(image) == data
     report = check(image)
     assert report.compressed_clusters and not report.lines
@@ -173,10 +173,10 @@ def test_lazy_refcounts_of_a_killed_writer_are_repaired_on_opening(tmp_path: Pat
     run_tool("qemu-img", "create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", file, "4M")
     script = "write -q -P 7 0 1M", "flush", "sigraise 9"
     run_tool("qemu-io", "-f", "qcow2", *(word for line in script for word in ("-c", line)), file, status=None)
-    image = Qcow2Image(file, read_only=True)
+    image = open_qcow2(file, read_only=True)
     assert image.header.incompatible & 1 and check(image).corruptions
     image.close()
-    image = Qcow2Image(file)
+    image = open_qcow2(file)
     assert read(image) == b"\x07" * (1 << 20) + bytes(3 << 20)
     assert not image.header.incompatible & 1 and image.header.compatible & 1
     image.close()
@@ -210,7 +210,7 @@ def test_lazy_refcounts_stay_right(tmp_path: Path) -> None:
     """With the feature on, our writer leaves nothing to be repaired: the bit is never set, whenever it is
     killed."""
     file = make(tmp_path / "disk.qcow2", 4 << 20, lazy_refcounts=True)
-    image = Qcow2Image(file)
+    image = open_qcow2(file)
     image.write(0, b"x" * (1 << 20))
     image.flush()
     copy = tmp_path / "killed.qcow2"
@@ -226,7 +226,7 @@ def test_a_disk_of_a_tebibyte_takes_little(tmp_path: Path, extended: bool) -> No
     tables, refcounts and empty subclusters stays within its bounds."""
     file = str(tmp_path / "disk.qcow2")
     create(file, Options(1 << 40, extended_l2=extended))
-    image = Qcow2Image(file)
+    image = open_qcow2(file)
     assert 65536 << image.mapping.layout.l2_bits <= 512 << 20
     places = range(0, 1 << 40, 512 << 20)
     assert len(places) > 2 * (CACHE_BYTES >> 16)

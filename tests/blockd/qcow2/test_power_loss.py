@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from blockd import export as exports
+from blockd import export_image as exports
+from blockd.opening import open_qcow2
 from blockd.qcow2 import operations
-from blockd.qcow2.image import Qcow2Image
 from blockd.service import Service
 from coordinator.contract.config import Export
 from coordinator.contract.errors import BlockError
@@ -78,7 +78,7 @@ class Disk:
 
     def _fill(self) -> None:
         """Some clusters are there already, so that the first write may be one in place."""
-        image = Qcow2Image(self.file)
+        image = open_qcow2(self.file)
         for offset in range(SIZE // 4, SIZE // 2, 96 << 10):
             data = random.Random(offset).randbytes(64 << 10)
             self.model.data[offset : offset + len(data)] = data
@@ -117,7 +117,7 @@ class Disk:
         mark = [mark for mark in self.marks if mark.at <= moment][-1]
         after = next((mark for mark in self.marks if mark.at > moment), mark)
         unknown = np.repeat(mark.unknown | after.unknown, SECTOR)
-        image = Qcow2Image(file, read_only=True)
+        image = open_qcow2(file, read_only=True)
         content = read(image)
         image.close()
         found = np.frombuffer(content, np.uint8)
@@ -146,7 +146,7 @@ def _dirty(data: bytes) -> set[int]:
 # ---- one writer -----------------------------------------------------------------------------------------
 def one_writer(folder: Path, seed: int, log: PowerLog, losses: int) -> None:
     disk = Disk(folder, seed, log)
-    image = Qcow2Image(disk.file, open_file=log.open)
+    image = open_qcow2(disk.file, open_file=log.open)
     model, rnd = disk.model, random.Random(seed)
     flushed, dirty = bytes(model.data), np.zeros(SIZE // SECTOR, bool)
     for number in range(60):

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockd.hostfile import HostFile
+from blockd.opening import open_qcow2
 from blockd.qcow2.header import Header, parse
-from blockd.qcow2.image import Qcow2Image
 from blockd.qcow2.refcounts import decode, encode, runs_of
 from blockd.qcow2.tables import COMPRESSED, COPIED, DATA, PACKED, UNALLOCATED, ZEROES, Layout
 from tests.blockd.qcow2.support import make, qemu_check, read
@@ -115,7 +115,7 @@ def test_header_round_trip(
 def test_the_refcount_table_grows(tmp_path: Path, shape: tuple[int, int, int]) -> None:
     """Each of these needs new refcount blocks, and the last two a larger table."""
     file = make(tmp_path / "disk.qcow2", 48 << 20, shape)
-    image = Qcow2Image(file)
+    image = open_qcow2(file)
     data = bytes(range(1, 251)) * 4096
     length = {65536: 8 << 20, 4096: 40 << 20, 512: 6 << 20}[shape[0]]
     for at in range(0, length, len(data)):
@@ -131,7 +131,7 @@ def test_the_refcount_table_grows(tmp_path: Path, shape: tuple[int, int, int]) -
 def test_many_threads(tmp_path: Path, cluster_size: int, extended: bool) -> None:
     """Writers of ranges of their own, discards and flushes, and readers that look only at theirs."""
     file = make(tmp_path / "disk.qcow2", 16 << 20, (cluster_size, 3, 16), extended_l2=extended)
-    image = Qcow2Image(file)
+    image = open_qcow2(file)
     failures: list[str] = []
 
     def work(number: int) -> None:
@@ -167,7 +167,7 @@ def test_many_threads(tmp_path: Path, cluster_size: int, extended: bool) -> None
 
 def test_discarded_space_is_used_again(tmp_path: Path) -> None:
     file = make(tmp_path / "disk.qcow2", 16 << 20)
-    image = Qcow2Image(file)
+    image = open_qcow2(file)
     for turn in range(10):
         image.write(0, bytes([turn + 1]) * (4 << 20))
         image.trim(0, 4 << 20)
