@@ -30,7 +30,9 @@ class BusClient:
         self._sockets = [dealer(context, bus_endpoint(runtime, host), name) for host in range(hosts)]
         for socket in self._sockets:
             socket.set(zmq.RCVTIMEO, LOOK_MS)
-        self._serial = 0
+        #: another process may have been this vCPU, and asked
+        self._io = segment.vcpu(index).io
+        self._serial = int(self._io.serial)
         self._frame = b""
         #: of the device host that was asked
         self._generation = 0
@@ -38,6 +40,7 @@ class BusClient:
     def send(self, io: Any) -> int:
         """Send what ``struct io_request *`` asks for; returns the request's serial."""
         self._serial += 1
+        self._io.serial = self._serial
         data = bytes(ffi.buffer(io.data, io.width * io.count)) if io.write else b""
         request = messages.BusRequest(
             serial=self._serial, vcpu=self.index, ticket=io.ticket, space=io.space, device=io.device,

@@ -197,3 +197,12 @@ void seg_world_resume(struct seg_header *seg, uint32_t vcpu)
         seg_futex(&seg->world.owner, FUTEX_WAKE, INT32_MAX, NULL);
     }
 }
+
+void vcpu_lost(struct seg_header *seg, uint32_t vcpu)
+{
+    struct vcpu_block *v = seg_vcpu(seg, vcpu);
+    seg_store_sc(&v->sleeping, 0u);
+    seg_store_sc(&v->commands, 0u);
+    vcpu_park(seg, vcpu); /* nothing of it will touch guest memory again: who waits for a map or for the world need not */
+    seg_world_resume(seg, vcpu);
+}

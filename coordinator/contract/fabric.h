@@ -44,6 +44,8 @@ void seg_world_resume(struct seg_header *seg, uint32_t vcpu);        /* harmless
 
 /* Process `pid` has died: what it held of the segment's locks is free again, and what they guard is made good. */
 void seg_break_locks(struct seg_header *seg, uint32_t pid);
+/* The process of a vCPU has died, and another may take its place: nobody waits for it, and it has been sent nothing. */
+void vcpu_lost(struct seg_header *seg, uint32_t vcpu);
 
 /* ---- map (map.c) ---- */
 /* Copies the region that holds gpa; 1, or 0 where there is none. */
@@ -69,6 +71,11 @@ int seg_code_next(struct seg_header *seg, uint64_t *cursor, uint64_t *page);
 
 /* ---- posted rings (ring.c) ---- */
 uint64_t ring_ticket(struct seg_header *seg, uint32_t host);
+/* The same for a vCPU, in a way that its death does no harm; ring_claimed() behind ring_put(). */
+uint64_t ring_claim(struct seg_header *seg, uint32_t vcpu, uint32_t host);
+void ring_claimed(struct seg_header *seg, uint32_t vcpu);
+/* vCPUs have died (bits by index): what they drew and did not fill is filled. 1: not all could be done yet, call again. */
+int ring_mend(struct seg_header *seg, uint32_t host, uint32_t dead, int doorbell);
 int ring_full(const struct seg_header *seg, uint32_t host, uint64_t ticket); /* the slot of this ticket is not free yet */
 void ring_wait(const struct seg_header *seg, uint32_t host, uint64_t ticket); /* until it is; a vCPU parks first */
 /* hazard 0: none. doorbell: eventfd, written only when the host sleeps; -1: none. */

@@ -15,6 +15,13 @@
  * drive's) must not find the first of after an event and the second of before. The host writes storing = 1, the shadows,
  * storing = 0; a vCPU reads storing, and only where it is 0 a shadow. Who has read a shadow that was stored in an
  * event reads, for the next one, storing after that: still 1, so it asks the host, or 0 again, when all are there.
+ *
+ * A writer that dies between drawing a ticket and stamping it would leave a hole that the host waits at for ever. So a
+ * vCPU says first that it is about to draw (posting), then which ticket it has (posting_ticket), and takes both back once the
+ * stamp is there. Whoever mends looks, for a ticket that has been drawn and has no stamp, whether a living vCPU claims it, and
+ * then at the stamp again. One that has drawn it claims it, or is about to (posting without a ticket: look again later), or has
+ * stamped it before it took the claim back, which the second look sees. Else its writer is dead, and a write that goes nowhere
+ * takes the place of one that was never made.
  */
 #include <sched.h>
 #include <time.h>
@@ -26,6 +33,22 @@
 #define NAP_NS 20000
 
 uint64_t ring_ticket(struct seg_header *seg, uint32_t host) { return seg_add(&seg_host(seg, host)->next_ticket, 1); }
+
+uint64_t ring_claim(struct seg_header *seg, uint32_t vcpu, uint32_t host)
+{
+    struct vcpu_block *v = seg_vcpu(seg, vcpu);
+    seg_store(&v->posting, host + 1);
+    uint64_t ticket = ring_ticket(seg, host);
+    seg_store(&v->posting_ticket, ticket + 1);
+    return ticket;
+}
+
+void ring_claimed(struct seg_header *seg, uint32_t vcpu)
+{
+    struct vcpu_block *v = seg_vcpu(seg, vcpu);
+    seg_store(&v->posting_ticket, (uint64_t)0);
+    seg_store(&v->posting, 0u);
+}
 
 int ring_full(const struct seg_header *seg, uint32_t host, uint64_t ticket)
 {
@@ -111,3 +134,47 @@ void ring_awake(struct seg_header *seg, uint32_t host) { seg_store_sc(&seg_host(
 void ring_storing(struct seg_header *seg, uint32_t host, int storing) { seg_store_sc(&seg_host(seg, host)->storing, (uint32_t)storing); }
 
 int ring_stores(const struct seg_header *seg, uint32_t host) { return seg_load(&seg_host(seg, host)->storing) != 0; }
+
+#define NOWHERE SEG_PORTS /* a port that no device can have */
+
+static bool stamped(const struct host_block *h, uint64_t ticket)
+{
+    return seg_load_sc(&h->ring[ticket % SEG_RING_SLOTS].stamp) == ticket + 1;
+}
+
+/* Whether a living vCPU has drawn this ticket, or may have and has not said so yet */
+static bool is_claimed(struct seg_header *seg, uint32_t host, uint64_t ticket, uint32_t dead)
+{
+    for (uint32_t i = 0; i < seg->vcpus; i++) {
+        const struct vcpu_block *v = seg_vcpu(seg, i);
+        if (!(dead >> i & 1) && seg_load_sc(&v->posting) == host + 1) {
+            uint64_t drawn = seg_load_sc(&v->posting_ticket);
+            if (drawn == 0 || drawn == ticket + 1) {
+                return true;
+            }
+        }
+    }
+    return false;
+}
+
+int ring_mend(struct seg_header *seg, uint32_t host, uint32_t dead, int doorbell)
+{
+    const struct host_block *h = seg_host(seg, host);
+    const struct posted_entry nothing = {.guest_ns = guest_now(seg), .addr = NOWHERE, .width = 1};
+    uint64_t end = ring_next_ticket(seg, host);
+    int open = 0;
+    for (uint64_t ticket = seg_load_sc(&h->applied); ticket != end; ticket++) {
+        if (ring_full(seg, host, ticket)) {
+            return 1;
+        }
+        if (stamped(h, ticket)) {
+            continue;
+        }
+        if (is_claimed(seg, host, ticket, dead)) {
+            open = 1;
+        } else if (!stamped(h, ticket)) {
+            ring_put(seg, host, ticket, &nothing, 0, doorbell);
+        }
+    }
+    return open;
+}

@@ -12,7 +12,7 @@
 #pragma once
 
 #define SEG_MAGIC 0x4c4c4f5441 /* "ATOLL" */
-#define SEG_LAYOUT 2
+#define SEG_LAYOUT 3
 
 #define SEG_PAGE 4096
 #define SEG_MAX_VCPUS 32
@@ -31,6 +31,7 @@
 #define SEG_STATE_ROOM 0x800000  /* bytes for them; what is never written takes no memory */
 #define SEG_OUTPUT_ROOM 0x100000 /* bytes of a device host's output ring; a power of two */
 #define SEG_PAGE_LOCKS 1024
+#define SEG_EXIT_SLOTS 16      /* exits a vCPU remembers; a power of two */
 #define SEG_PORTS 65536
 #define SEG_IOAPIC_PINS 24
 #define SEG_NAME_LEN 32
@@ -59,6 +60,15 @@ enum vcpu_exit {
     EXIT_DEBUG = 6,       /* a host-side breakpoint or the differential harness's end */
     EXIT_ERROR = 7,       /* vcpu_block.error_text says what; the process cannot go on */
     EXIT_COUNT = 8
+};
+
+/* ---- vcpu_block.place: how much of arch is exact, for who finds the vCPU dead ---- */
+enum vcpu_place {
+    PLACE_OUTSIDE = 0,    /* run() is not inside: all of it */
+    PLACE_GUEST = 1,      /* rip is that of the first byte of the block in execution, status flags follow from `lazy`, x87 and MXCSR
+                           * are those of the last stay elsewhere */
+    PLACE_ACCESS = 2,     /* in a sync access: rip is in the last entry of exit_log, status flags follow from `lazy` */
+    PLACE_ASLEEP = 3      /* HLT, or wait for SIPI: rip is that of the next instruction, status flags follow from `lazy` */
 };
 
 /* ---- bits of vcpu_block.attention; the run loop's one test at each block head ---- */
@@ -140,7 +150,18 @@ struct io_request {
     uint32_t width;              /* bytes an item: 1, 2, 4, 8 */
     uint32_t count;              /* items (string I/O: more than one; all go to the same port, successive addresses in memory) */
     uint32_t write;              /* 1 = write */
+    uint64_t serial;             /* of the last request on the bus; goes on when another process is this vCPU */
     uint8_t data[4096];
+};
+
+/* Why the guest was left, and where. */
+struct exit_entry {
+    uint64_t rip;                /* of the instruction; behind it where run() ended */
+    uint64_t instructions;       /* retired by then */
+    uint64_t guest_ns;
+    uint64_t addr;               /* EXIT_IO: port number or gpa */
+    uint32_t reason;             /* enum vcpu_exit */
+    uint8_t space, width, write, device; /* EXIT_IO, as in io_request */
 };
 
 /* One vCPU. Placed page-aligned; sizes padded by the reader of seg_header.vcpu_stride. */
@@ -178,6 +199,15 @@ struct vcpu_block {
     uint64_t vectors[256];       /* interrupts delivered by vector */
     uint64_t code_cursor;        /* next code event to look at */
     uint32_t pid, os_tid;
+    /* -- what a vCPU that has died leaves besides arch: written by the vCPU, plain -- */
+    uint64_t lazy_result, lazy_a, lazy_b; /* status flags not worked out yet: vcpu/core/flags.h */
+    uint32_t lazy;
+    uint32_t place;              /* enum vcpu_place */
+    uint32_t pad3;
+    uint32_t posting;            /* device host + 1 whose ring a posted write is on its way into; 0 = none (release) */
+    uint64_t posting_ticket;     /* ticket + 1 that it has drawn; 0 = not yet (release) */
+    uint64_t exits_noted;        /* entries of exit_log so far; entry i lies in slot i % SEG_EXIT_SLOTS */
+    struct exit_entry exit_log[SEG_EXIT_SLOTS];
 };
 
 /* ---- memory and port map ---- */

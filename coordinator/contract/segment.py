@@ -347,6 +347,14 @@ class Segment:
         """Process ``pid`` has died: free what it held."""
         lib.seg_break_locks(self.header, pid)
 
+    def lost(self, vcpu: int) -> None:
+        """The process of a vCPU has died: nobody waits for it, and it has been sent no command."""
+        lib.vcpu_lost(self.header, vcpu)
+
+    def mend_ring(self, host: int, dead: Iterable[int], doorbell: int) -> bool:
+        """Fill what dead vCPUs have drawn of a host's ring and not filled; False: not all yet, ask again."""
+        return not lib.ring_mend(self.header, host, sum(1 << vcpu for vcpu in set(dead)), doorbell)
+
     # ---- map -----------------------------------------------------------------------------------
     def publish_map(self, regions: Iterable[RegionLike]) -> None:
         """Put a memory map in force; returns when every vCPU has it."""

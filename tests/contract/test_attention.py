@@ -185,3 +185,16 @@ def test_locks_of_the_dead_are_broken(segment: Segment, lock: str) -> None:
     segment.break_locks(pid)
     waiter.join(HANG)
     assert not waiter.is_alive() and word() == 0
+
+
+def test_nobody_waits_for_a_vcpu_that_has_died(segment: Segment) -> None:
+    """It had the world stopped, and was not parked: neither a new map nor another LOCK waits for it."""
+    segment.vcpu(1).parked = 0
+    segment.vcpu(1).commands = 7
+    segment.header.world.owner = 2
+    segment.lost(1)
+    assert segment.header.world.owner == 0 and segment.vcpu(1).commands == 0
+    segment.republish_map()
+    assert lib.seg_world_stop(segment.header, 0) == 1
+    segment.lost(1)
+    assert segment.header.world.owner == 1  # vCPU 0 has it, and lives

@@ -52,6 +52,46 @@ def test_an_entry_that_is_drawn_but_not_filled_is_a_hole(segment: Segment) -> No
     assert [ring.take(), ring.take()] == [(0, 0, 0, 1), (0, 0x1F2, 1, 2)]
 
 
+def test_what_a_dead_vcpu_has_drawn_is_filled(segment: Segment) -> None:
+    """Its writes go nowhere; those of the living are waited for."""
+    ring = segment.ring(HOST)
+    post(segment, 1)
+    assert lib.ring_claim(segment.header, 1, HOST) == 1  # vCPU 1 dies here
+    second = lib.ring_claim(segment.header, 2, HOST)
+    post(segment, 4)
+    assert ring.take() == (0, 0x1F2, 1, 1) and ring.take() is None
+    assert not segment.mend_ring(HOST, [1], -1)
+    space, addr, width, _ = ring.take() or (0, 0, 0, 0)
+    assert (space, width) == (0, 1) and addr >= lib.SEG_PORTS
+    assert ring.take() is None  # vCPU 2 is slow, not dead
+    entry = ffi.new("struct posted_entry *")
+    entry.value = 3
+    lib.ring_put(segment.header, HOST, second, entry, 0, -1)
+    lib.ring_claimed(segment.header, 2)
+    assert segment.mend_ring(HOST, [1], -1)
+    assert [ring.take(), ring.take(), ring.take()] == [(0, 0, 0, 3), (0, 0x1F2, 1, 4), None]
+
+
+def test_a_vcpu_that_may_have_drawn_is_waited_for(segment: Segment) -> None:
+    segment.vcpu(3).posting = HOST + 1  # and has not said yet which ticket it got
+    lib.ring_ticket(segment.header, HOST)
+    assert not segment.mend_ring(HOST, [0], -1)
+    assert segment.mend_ring(HOST, [0, 3], -1)
+    assert segment.ring(HOST).take() is not None
+
+
+def test_a_ticket_of_a_full_ring_is_filled_when_there_is_room(segment: Segment) -> None:
+    ring = segment.ring(HOST)
+    for value in range(lib.SEG_RING_SLOTS):
+        post(segment, value)
+    lib.ring_claim(segment.header, 1, HOST)
+    assert not segment.mend_ring(HOST, [1], -1)
+    assert ring.take() == (0, 0x1F2, 1, 0)
+    ring.applied()
+    assert segment.mend_ring(HOST, [1], -1)
+    assert len([entry for _ in range(lib.SEG_RING_SLOTS) if (entry := ring.take())]) == lib.SEG_RING_SLOTS
+
+
 def test_a_full_ring_makes_the_writer_wait(segment: Segment) -> None:
     ring = segment.ring(HOST)
     for value in range(lib.SEG_RING_SLOTS):

@@ -51,11 +51,15 @@ class Coordinator:
         self.bus = router(self.context, bus_endpoint(str(folder), 0))
         for socket in (self.control, self.bus):
             socket.set(zmq.RCVTIMEO, TIMEOUT_MS)
-        arguments = (str(folder), *map(str, (self.segment.fd, self.doorbell, parent or os.getpid())))
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", CHILD, *arguments], pass_fds=(self.segment.fd, self.doorbell)
-        )
+        self._arguments = (str(folder), *map(str, (self.segment.fd, self.doorbell, parent or os.getpid())))
         self.serial = 0
+        self.start()
+
+    def start(self) -> None:
+        """A process that is the vCPU from now on."""
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", CHILD, *self._arguments], pass_fds=(self.segment.fd, self.doorbell)
+        )
         hello = self.notice()
         assert isinstance(hello, messages.Hello)
         assert (hello.role, hello.pid, hello.protocol) == ("vcpu0", self.process.pid, messages.PROTOCOL)

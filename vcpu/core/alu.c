@@ -16,8 +16,8 @@
 #define LAZY_ARITH(B, op) lazy_set(c, LAZY(op, LOG2_##B), a, b, r)
 #define LAZY_LOGICAL(B)                                                                           \
     do {                                                                                          \
-        c->lazy = LAZY(LAZY_LOGIC, LOG2_##B);                                                     \
-        c->lazy_result = r;                                                                       \
+        c->s.lazy = LAZY(LAZY_LOGIC, LOG2_##B);                                                     \
+        c->s.lazy_result = r;                                                                       \
     } while (0)
 #define FLAGS_add(B) LAZY_ARITH(B, LAZY_ADD)
 #define FLAGS_sub(B) LAZY_ARITH(B, LAZY_SUB)
@@ -218,7 +218,7 @@ SIZES(CMP_GE, cmp)
 /* INC and DEC leave CF alone: it moves into rflags, where their lazy forms look for it */
 static inline void keep_cf(struct cpu *c)
 {
-    unsigned op = c->lazy >> 2;
+    unsigned op = c->s.lazy >> 2;
     if (op != LAZY_NONE && op != LAZY_INC && op != LAZY_DEC) {
         ARCH(c)->rflags = (ARCH(c)->rflags & ~(uint64_t)FLAG_CF) | flag_cf(c);
     }
@@ -231,8 +231,8 @@ static inline void keep_cf(struct cpu *c)
 #define LAZY_COUNT(B, op)                                                                         \
     do {                                                                                          \
         keep_cf(c);                                                                               \
-        c->lazy = LAZY(op, LOG2_##B);                                                             \
-        c->lazy_result = r;                                                                       \
+        c->s.lazy = LAZY(op, LOG2_##B);                                                             \
+        c->s.lazy_result = r;                                                                       \
     } while (0)
 #define FLAGS_inc(B) LAZY_COUNT(B, LAZY_INC)
 #define FLAGS_dec(B) LAZY_COUNT(B, LAZY_DEC)

@@ -27,6 +27,8 @@ void core_hidden_get(const struct cpu *c, struct core_hidden *out);
 void core_loaded(struct cpu *c, const struct core_hidden *hidden);
 /* What CPUID answers now: EAX, EBX, ECX, EDX. */
 void core_cpuid(const struct cpu *c, uint32_t leaf, uint32_t subleaf, uint32_t out[4]);
+/* RFLAGS as they were when the process of this vCPU died. */
+uint64_t core_last_rflags(const struct vcpu_block *block);
 /* HLT ends run() with EXIT_DEBUG, rip behind it: how a program without devices ends in tests. */
 void core_halt_exits(struct cpu *c, int on);
 /* Architectural state as after power-on; an AP then waits for SIPI. Posted words are emptied. */

@@ -41,6 +41,8 @@ static struct cpu *prepare(struct cpu *c, uint8_t *base, uint32_t index, void *h
         c->doorbell[i] = -1;
     }
     c->s.code_cursor = seg_load_sc(&seg_code(seg)->head);
+    c->s.place = PLACE_OUTSIDE; /* another process may have been this vCPU */
+    ring_claimed(seg, index);
     if (host_lacks()) {
         return fail(host_lacks(), 0);
     }
@@ -96,7 +98,7 @@ uint8_t *core_base(struct cpu *c) { return c->base; }
 
 void core_state_changed(struct cpu *c)
 {
-    c->lazy = LAZY_NONE;
+    c->s.lazy = LAZY_NONE;
     ARCH(c)->zero = 0;
     system_load(c);
     mode_update(c);
@@ -124,6 +126,12 @@ void core_cpuid(const struct cpu *c, uint32_t leaf, uint32_t subleaf, uint32_t o
 {
     struct cpuid_leaf l = cpuid_query(c, leaf, subleaf);
     memcpy(out, (uint32_t[]){l.eax, l.ebx, l.ecx, l.edx}, sizeof(uint32_t[4]));
+}
+
+uint64_t core_last_rflags(const struct vcpu_block *block)
+{
+    uint64_t flags = block->arch.rflags;
+    return block->place == PLACE_OUTSIDE ? flags : (flags & ~(uint64_t)FLAGS_STATUS) | flags_status_slow((const struct cpu *)block);
 }
 
 void core_halt_exits(struct cpu *c, int on) { c->halt_exits = on; }

@@ -1,6 +1,6 @@
 /*
  * The vCPU as its own process sees it: the shared block (segment.h) and, behind it in one run of
- * addresses, what is private to the process - TLB, lazy flags, block cache. One base pointer serves
+ * addresses, what is private to the process - TLB, block cache. One base pointer serves
  * both: core.c maps the segment's block at the front of the reservation and anonymous memory behind.
  */
 #ifndef ATOLL_CPU_H
@@ -126,7 +126,8 @@ struct tlb_entry {
 enum { TLB_SUPER, TLB_SUPER_AC, TLB_USER, TLB_CHECKED, TLB_MODES };
 
 /* ---- lazy flags (flags.h): the status flags follow from result and operands of the last ALU operation.
- * c->lazy = enum lazy_op << 2 | log2(operand bytes) ---- */
+ * c->s.lazy = enum lazy_op << 2 | log2(operand bytes). They are in the shared block, for who looks at it when this process
+ * has died; the base pointer serves both, so that costs nothing ---- */
 enum lazy_op { LAZY_NONE /* rflags is exact */, LAZY_ADD, LAZY_ADC /* carry in was 1 */, LAZY_SUB, LAZY_SBB /* borrow in was 1 */,
                LAZY_LOGIC, LAZY_INC /* INC, DEC: CF is the one in rflags */, LAZY_DEC,
                LAZY_SHL /* a = operand, b = count > 0 */, LAZY_SHR, LAZY_SAR, LAZY_MUL /* b = CF and OF */, LAZY_OPS };
@@ -139,8 +140,6 @@ struct cpu {
     /* -- hot -- */
     struct tlb_entry *tlb;            /* the array in force */
     struct block *block;              /* executing */
-    uint64_t lazy_result, lazy_a, lazy_b; /* values are kept zero-extended to 64 bits */
-    uint32_t lazy;
     uint32_t mode;                    /* MODE_*, of the block in execution */
     uint64_t jump_key;                /* mode and generation: entries of the jump cache with another key are void */
     uint64_t jump_generation[2];      /* of supervisor code, and of CPL 3 */

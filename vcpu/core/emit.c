@@ -177,7 +177,7 @@ static void commit_flags(struct code *e)
     and_imm(e, CX, true, ~(int32_t)FLAGS_STATUS);
     ins_reg(e, 0x09, true, AX, CX);
     ins_mem(e, 0x89, true, CX, DI, ARCH_OFF(rflags));
-    ins_mem(e, 0xc7, false, 0, DI, offsetof(struct cpu, lazy));
+    ins_mem(e, 0xc7, false, 0, DI, offsetof(struct cpu, s.lazy));
     word32(e, LAZY_NONE);
 }
 

@@ -3,9 +3,9 @@
 
 unsigned flag_cf_slow(const struct cpu *c)
 {
-    unsigned bits = 8u << (c->lazy & 3);
-    uint64_t a = c->lazy_a, b = c->lazy_b, r = c->lazy_result;
-    switch (c->lazy >> 2) {
+    unsigned bits = 8u << (c->s.lazy & 3);
+    uint64_t a = c->s.lazy_a, b = c->s.lazy_b, r = c->s.lazy_result;
+    switch (c->s.lazy >> 2) {
     case LAZY_ADD: return r < a;
     case LAZY_ADC: return r <= a;
     case LAZY_SUB: return a < b;
@@ -21,9 +21,9 @@ unsigned flag_cf_slow(const struct cpu *c)
 
 unsigned flag_of_slow(const struct cpu *c)
 {
-    unsigned top = (8u << (c->lazy & 3)) - 1;
-    uint64_t a = c->lazy_a, b = c->lazy_b, r = c->lazy_result;
-    switch (c->lazy >> 2) {
+    unsigned top = (8u << (c->s.lazy & 3)) - 1;
+    uint64_t a = c->s.lazy_a, b = c->s.lazy_b, r = c->s.lazy_result;
+    switch (c->s.lazy >> 2) {
     case LAZY_ADD:
     case LAZY_ADC: return (((a ^ r) & (b ^ r)) >> top) & 1;
     case LAZY_SUB:
@@ -40,20 +40,20 @@ unsigned flag_of_slow(const struct cpu *c)
 
 static unsigned flag_af(const struct cpu *c)
 {
-    switch (c->lazy >> 2) {
+    switch (c->s.lazy >> 2) {
     case LAZY_ADD:
     case LAZY_ADC:
     case LAZY_SUB:
-    case LAZY_SBB: return ((c->lazy_a ^ c->lazy_b ^ c->lazy_result) >> 4) & 1;
-    case LAZY_INC: return (c->lazy_result & 15) == 0;
-    case LAZY_DEC: return (c->lazy_result & 15) == 15;
+    case LAZY_SBB: return ((c->s.lazy_a ^ c->s.lazy_b ^ c->s.lazy_result) >> 4) & 1;
+    case LAZY_INC: return (c->s.lazy_result & 15) == 0;
+    case LAZY_DEC: return (c->s.lazy_result & 15) == 15;
     default: return 0; /* undefined or, for LOGIC, undefined and 0 on hardware */
     }
 }
 
 uint64_t flags_status_slow(const struct cpu *c)
 {
-    if (c->lazy == LAZY_NONE) {
+    if (c->s.lazy == LAZY_NONE) {
         return c->s.arch.rflags & FLAGS_STATUS;
     }
     return (uint64_t)flag_cf_slow(c) | (uint64_t)flag_pf(c) << 2 | (uint64_t)flag_af(c) << 4 | (uint64_t)flag_zf(c) << 6 |

@@ -13,16 +13,16 @@
 #define LOG2_32 2
 #define LOG2_64 3
 
-uint64_t flags_status_slow(const struct cpu *c); /* flags.c: the six status flags in place */
+uint64_t flags_status_slow(const struct cpu *c); /* flags.c: the six status flags in place; looks at c->s alone */
 unsigned flag_cf_slow(const struct cpu *c);
 unsigned flag_of_slow(const struct cpu *c);
 
 /* RFLAGS, exact; nothing is lazy afterwards */
 static inline uint64_t flags_get(struct cpu *c)
 {
-    if (c->lazy != LAZY_NONE) {
+    if (c->s.lazy != LAZY_NONE) {
         ARCH(c)->rflags = (ARCH(c)->rflags & ~(uint64_t)FLAGS_STATUS) | flags_status_slow(c);
-        c->lazy = LAZY_NONE;
+        c->s.lazy = LAZY_NONE;
     }
     return ARCH(c)->rflags;
 }
@@ -31,7 +31,7 @@ static inline uint64_t flags_get(struct cpu *c)
 static inline void flags_set_status(struct cpu *c, uint64_t f)
 {
     ARCH(c)->rflags = (ARCH(c)->rflags & ~(uint64_t)FLAGS_STATUS) | (f & FLAGS_STATUS);
-    c->lazy = LAZY_NONE;
+    c->s.lazy = LAZY_NONE;
 }
 
 /* Sets the status flags in mask to those of f and keeps the others */
@@ -44,38 +44,38 @@ static inline void flags_set_some(struct cpu *c, uint64_t mask, uint64_t f)
 static inline void flags_set(struct cpu *c, uint64_t rflags)
 {
     ARCH(c)->rflags = rflags | 2;
-    c->lazy = LAZY_NONE;
+    c->s.lazy = LAZY_NONE;
 }
 
 static inline void lazy_set(struct cpu *c, uint32_t lazy, uint64_t a, uint64_t b, uint64_t result)
 {
-    c->lazy = lazy;
-    c->lazy_a = a;
-    c->lazy_b = b;
-    c->lazy_result = result;
+    c->s.lazy = lazy;
+    c->s.lazy_a = a;
+    c->s.lazy_b = b;
+    c->s.lazy_result = result;
 }
 
 /* ---- single flags, 0 or 1 ---- */
 static inline unsigned flag_zf(const struct cpu *c)
 {
-    return likely(c->lazy != LAZY_NONE) ? c->lazy_result == 0 : (ARCH(c)->rflags >> 6) & 1;
+    return likely(c->s.lazy != LAZY_NONE) ? c->s.lazy_result == 0 : (ARCH(c)->rflags >> 6) & 1;
 }
 
 static inline unsigned flag_sf(const struct cpu *c)
 {
-    return likely(c->lazy != LAZY_NONE) ? (c->lazy_result >> ((8u << (c->lazy & 3)) - 1)) & 1 : (ARCH(c)->rflags >> 7) & 1;
+    return likely(c->s.lazy != LAZY_NONE) ? (c->s.lazy_result >> ((8u << (c->s.lazy & 3)) - 1)) & 1 : (ARCH(c)->rflags >> 7) & 1;
 }
 
 static inline unsigned flag_pf(const struct cpu *c)
 {
-    return likely(c->lazy != LAZY_NONE) ? !__builtin_parity((uint8_t)c->lazy_result) : (ARCH(c)->rflags >> 2) & 1;
+    return likely(c->s.lazy != LAZY_NONE) ? !__builtin_parity((uint8_t)c->s.lazy_result) : (ARCH(c)->rflags >> 2) & 1;
 }
 
 static inline unsigned flag_cf(const struct cpu *c)
 {
-    switch (c->lazy >> 2) {
-    case LAZY_SUB: return c->lazy_a < c->lazy_b;
-    case LAZY_ADD: return c->lazy_result < c->lazy_a;
+    switch (c->s.lazy >> 2) {
+    case LAZY_SUB: return c->s.lazy_a < c->s.lazy_b;
+    case LAZY_ADD: return c->s.lazy_result < c->s.lazy_a;
     case LAZY_LOGIC: return 0;
     case LAZY_NONE:
     case LAZY_INC:
@@ -86,10 +86,10 @@ static inline unsigned flag_cf(const struct cpu *c)
 
 static inline unsigned flag_of(const struct cpu *c)
 {
-    unsigned top = (8u << (c->lazy & 3)) - 1;
-    switch (c->lazy >> 2) {
+    unsigned top = (8u << (c->s.lazy & 3)) - 1;
+    switch (c->s.lazy >> 2) {
     case LAZY_NONE: return (ARCH(c)->rflags >> 11) & 1;
-    case LAZY_SUB: return (((c->lazy_a ^ c->lazy_b) & (c->lazy_a ^ c->lazy_result)) >> top) & 1;
+    case LAZY_SUB: return (((c->s.lazy_a ^ c->s.lazy_b) & (c->s.lazy_a ^ c->s.lazy_result)) >> top) & 1;
     case LAZY_LOGIC: return 0;
     default: return flag_of_slow(c);
     }

@@ -21,8 +21,8 @@
     lazy_set(c, LAZY(LAZY_SUB, LOG2_##B), a, b, r)
 #define NOTE_test(B)                                                                              \
     U(B) r = a & b;                                                                               \
-    c->lazy = LAZY(LAZY_LOGIC, LOG2_##B);                                                         \
-    c->lazy_result = r
+    c->s.lazy = LAZY(LAZY_LOGIC, LOG2_##B);                                                         \
+    c->s.lazy_result = r
 #define NOTE_sub(B)                                                                               \
     NOTE_cmp(B);                                                                                  \
     WR_##B(c, u->rm, r)

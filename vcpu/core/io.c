@@ -39,6 +39,21 @@ static void count(struct cpu *c, unsigned device, enum access_class class)
 }
 
 /* ---- sync ---- */
+void note_exit(struct cpu *c, uint64_t rip, unsigned reason, const struct io_request *io)
+{
+    struct exit_entry e = {.rip = rip, .instructions = c->s.instructions + (uint64_t)(c->budget_noted - c->budget),
+                           .guest_ns = guest_now(c->seg), .reason = reason};
+    if (io) {
+        e.addr = io->addr;
+        e.space = (uint8_t)io->space;
+        e.width = (uint8_t)io->width;
+        e.write = (uint8_t)io->write;
+        e.device = (uint8_t)io->device;
+    }
+    c->s.exit_log[c->s.exits_noted % SEG_EXIT_SLOTS] = e;
+    c->s.exits_noted++;
+}
+
 static void sync_access(struct cpu *c, const struct uop *u, const struct piece *p, unsigned items, bool write)
 {
     struct io_request *r = &c->s.io;
@@ -50,16 +65,20 @@ static void sync_access(struct cpu *c, const struct uop *u, const struct piece *
     r->count = items;
     r->write = write;
     r->ticket = ring_next_ticket(c->seg, p->host);
+    unsigned reason = p->space == SPACE_INTA ? EXIT_INTA : EXIT_IO;
+    note_exit(c, uop_rip(c, u), reason, r);
     core_park(c);
     fpu_park(c);
+    c->s.place = PLACE_ACCESS;
     int abandoned = core_sync_access(c->handle);
+    c->s.place = PLACE_GUEST;
     fpu_unpark(c);
     core_unpark(c);
     if (abandoned) {
         cpu_unwind(c, u, UNWIND_RETRY);
     }
     count(c, p->device, ACCESS_SYNC);
-    seg_count(&c->s.exits[p->space == SPACE_INTA ? EXIT_INTA : EXIT_IO]);
+    seg_count(&c->s.exits[reason]);
 }
 
 static uint64_t sync_read(struct cpu *c, const struct uop *u, const struct piece *p)
@@ -94,13 +113,14 @@ static void post(struct cpu *c, const struct piece *p, uint64_t value)
                                  .width = (uint8_t)p->width, .vcpu = (uint8_t)c->index, .device = (uint8_t)p->device};
     uint64_t held;
     bool same = p->reg->plain && shadow(c, p->reg, &held) && held == value;
-    uint64_t ticket = ring_ticket(c->seg, p->host);
+    uint64_t ticket = ring_claim(c->seg, c->index, p->host);
     if (unlikely(ring_full(c->seg, p->host, ticket))) {
         core_park(c); /* the host may be publishing a map, and wait for us */
         ring_wait(c->seg, p->host, ticket);
         core_unpark(c);
     }
     ring_put(c->seg, p->host, ticket, &entry, same ? 0 : p->reg->write_hazard, c->doorbell[p->host]);
+    ring_claimed(c->seg, c->index);
     count(c, p->device, ACCESS_POSTED);
 }
 

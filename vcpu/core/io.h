@@ -24,6 +24,9 @@ void mmio_write(struct cpu *c, const struct uop *u, uint64_t gpa, unsigned width
 /* The PIC's vector (interrupt acknowledge). -1: no PIC */
 int io_inta(struct cpu *c);
 
+/* Remembers why the guest is left; io: NULL, or the access in hand. */
+void note_exit(struct cpu *c, uint64_t rip, unsigned reason, const struct io_request *io);
+
 /* ---- parking: not touching guest memory for a while ---- */
 void core_park(struct cpu *c);
 void core_unpark(struct cpu *c);      /* drops the TLBs where the map is new */

@@ -15,7 +15,7 @@ static void reset_registers(struct cpu *c)
     memset(a->gpr, 0, sizeof a->gpr);
     a->gpr[RDX] = CPUID_SIGNATURE;
     a->rip = 0xfff0;
-    c->lazy = LAZY_NONE;
+    c->s.lazy = LAZY_NONE;
     a->rflags = 2;
     for (unsigned i = 0; i < 6; i++) {
         a->seg[i] = (struct seg_reg){0, 0xffff, 0, DATA_ATTR};

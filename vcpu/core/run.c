@@ -105,7 +105,11 @@ static void take_init_sipi(struct cpu *c)
 static void sleep_until_event(struct cpu *c)
 {
     kvm_sleeping(c);
+    fpu_park(c);
+    c->s.place = PLACE_ASLEEP;
     core_sleep(c, apic_timer_due(c));
+    c->s.place = PLACE_GUEST;
+    fpu_unpark(c);
     kvm_running(c);
     apic_timer_check(c);
     apic_drain(c);
@@ -223,6 +227,7 @@ int core_run(struct cpu *c, int64_t budget)
     c->s.exit_reason = EXIT_NONE;
     core_unpark(c);
     fpu_unpark(c);
+    c->s.place = PLACE_GUEST;
     switch (setjmp(c->unwind)) {
     case UNWIND_FAULT:
     case UNWIND_TRAP:
@@ -244,6 +249,8 @@ int core_run(struct cpu *c, int64_t budget)
         kvm_eoi_settle(c);
     }
     flags_get(c);
+    c->s.place = PLACE_OUTSIDE;
+    note_exit(c, ARCH(c)->rip, (unsigned)exit, NULL);
     core_park(c);
     c->s.run_ns += host_ns() - c->run_started - (c->s.halt_ns - c->halt_before);
     c->s.exit_reason = (uint32_t)exit;
