@@ -85,10 +85,11 @@ class NbdBackend:
         try:
             self._deliver(self.client.on_readable())
         except BlockError as error:
-            log.info("%s", error)
             if self.client.pending:
+                log.info("%s", error)
                 self._come_back()
-            else:
+            else:  # the daemon closes exports when a medium or a lease goes
+                log.debug("%s", error)
                 self._go_away()
 
     def _come_back(self) -> None:

@@ -39,6 +39,20 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{self.prog.split()[-1]}: {message}")
 
+    def parse_intermixed_args(  # type: ignore[override]
+        self, arguments: list[str]
+    ) -> argparse.Namespace:
+        """Behind ``--`` there are no options, also among intermixed ones: names are marked there by what no
+        name has."""
+        if "--" in arguments:
+            at = arguments.index("--")
+            arguments = [*arguments[:at], *("\0" + name for name in arguments[at + 1 :])]
+        given = super().parse_intermixed_args(arguments)
+        for name, value in vars(given).items():
+            if isinstance(value, str):
+                setattr(given, name, value.removeprefix("\0"))
+        return given
+
     def format_option(
         self, flag: str = "-f", name: str = "format", about: str = "format of the image"
     ) -> None:

@@ -81,10 +81,11 @@ def _parser() -> common.Parser:
     parser.progress_option()
     parser.quiet_option()
     parser.add_argument("-n", dest="existing", action="store_true", help="the target exists already")
-    parser.add_argument("-o", dest="options", action="append", default=[], metavar="NAME=VALUE,...")
+    parser.add_argument("-o", dest="options", action="append", default=[], metavar="NAME=VALUE,...",
+                        help="of the target; 'atoll img create -o help' lists them")  # fmt: skip
     parser.add_argument("-l", dest="snapshot", metavar="NAME", help="copy the state of a snapshot")
     parser.add_argument("-B", dest="backing", metavar="FILE", help="backing file of the target")
-    parser.add_argument("-F", dest="backing_format", choices=IMAGE_FORMATS)
+    parser.add_argument("-F", dest="backing_format", choices=IMAGE_FORMATS, help="its format")
     parser.add_argument("--bitmaps", action="store_true", help="copy dirty bitmaps, too")
     parser.add_argument("--skip-broken-bitmaps", action="store_true", help="but no unusable ones")
     parser.add_argument("-m", dest="threads", type=int, default=8, help="threads at most, of 1 to 16 (8)")

@@ -52,20 +52,21 @@ def _text(name: str, value: str) -> str:
     return value
 
 
-#: qemu-img's name -> member of Options, what makes a value of its text
-_OPTIONS: dict[str, tuple[str, Callable[[str, str], Any]]] = {
-    "backing_file": ("backing_file", _text),
-    "backing_fmt": ("backing_format", _text),
-    "cluster_size": ("cluster_size", _size),
-    "compat": ("version", _version),
-    "compression_type": ("compression", _text),
-    "data_file": ("data_file", _text),
-    "data_file_raw": ("data_file_raw", _flag),
-    "extended_l2": ("extended_l2", _flag),
-    "lazy_refcounts": ("lazy_refcounts", _flag),
-    "refcount_bits": ("refcount_bits", _size),
-    "size": ("size", _size),
+#: qemu-img's name -> member of Options, what makes a value of its text, what it is
+_OPTIONS: dict[str, tuple[str, Callable[[str, str], Any], str]] = {
+    "backing_file": ("backing_file", _text, "file below the image"),
+    "backing_fmt": ("backing_format", _text, "format of that file"),
+    "cluster_size": ("cluster_size", _size, "512 to 2M (64k)"),
+    "compat": ("version", _version, "0.10 or 1.1: version 2 or 3 of the format (1.1)"),
+    "compression_type": ("compression", _text, "zlib or zstd (zlib)"),
+    "data_file": ("data_file", _text, "file that the clusters lie in"),
+    "data_file_raw": ("data_file_raw", _flag, "that file reads as the disk does (off)"),
+    "extended_l2": ("extended_l2", _flag, "subclusters (off)"),
+    "lazy_refcounts": ("lazy_refcounts", _flag, "mark the image; the writer here does not need it (off)"),
+    "refcount_bits": ("refcount_bits", _size, "1 to 64 (16)"),
+    "size": ("size", _size, "of the disk"),
 }
+_PREALLOCATION_ABOUT = "off, falloc, full, and for qcow2 metadata (off)"
 
 
 def qcow2_options(disk_size: int, given: dict[str, str]) -> tuple[Options, str]:
@@ -73,7 +74,7 @@ def qcow2_options(disk_size: int, given: dict[str, str]) -> tuple[Options, str]:
     options = Options(disk_size)
     for name, value in given.items():
         if name in _OPTIONS:
-            member, parse = _OPTIONS[name]
+            member, parse, _ = _OPTIONS[name]
             setattr(options, member, parse(name, value))
         elif name != "preallocation" and not (name == "nocow" and not _flag(name, value)):
             raise BlockError(f"option {name}={value} is not supported", errno.ENOTSUP)
@@ -83,18 +84,34 @@ def qcow2_options(disk_size: int, given: dict[str, str]) -> tuple[Options, str]:
     return options, preallocation
 
 
+def options_asked(texts: list[str], image_format: str) -> bool:
+    """Print the options of a format when -o asks for them, as ``help`` or ``?``."""
+    if not {"help", "?"} & set(parse_options(texts)):
+        return False
+    known = {name: about for name, (_, _, about) in _OPTIONS.items()} if image_format == "qcow2" else {}
+    known |= {"preallocation": _PREALLOCATION_ABOUT, "size": _OPTIONS["size"][2]}
+    print(f"Supported {image_format} options:")
+    print("\n".join(f"  {name:<17} {about}" for name, about in sorted(known.items())))
+    return True
+
+
 def run(arguments: list[str]) -> int:
     parser = common.Parser("create", "Make a new image.")
     parser.format_option(about="format of the new image")
     parser.quiet_option()
     parser.add_argument("-b", dest="backing", metavar="FILE", help="backing file")
-    parser.add_argument("-F", dest="backing_format", metavar="FORMAT", choices=IMAGE_FORMATS)
+    parser.add_argument("-F", dest="backing_format", choices=IMAGE_FORMATS, help="its format")
     parser.add_argument("-u", dest="unchecked", action="store_true", help="do not open the backing file")
-    parser.add_argument("-o", dest="options", action="append", default=[], metavar="NAME=VALUE,...")
+    parser.add_argument("-o", dest="options", action="append", default=[], metavar="NAME=VALUE,...",
+                        help="of the format; -o help lists them")  # fmt: skip
     parser.chain_option()
-    parser.add_argument("file")
+    parser.add_argument("file", nargs="?")
     parser.add_argument("size", nargs="?")
     given = parser.parse_intermixed_args(arguments)
+    if options_asked(given.options, given.format or "raw"):
+        return 0
+    if given.file is None:
+        raise UsageError("create: the name of the image is needed")
     named = parse_options(given.options)
     if given.backing is not None:
         named["backing_file"] = given.backing

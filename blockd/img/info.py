@@ -86,10 +86,11 @@ def _row(image: Any, file: str) -> dict[str, Any]:
     data: dict[str, Any] = {
         "compat": "1.1" if header.version >= 3 else "0.10",
         "compression-type": header.compression,
-        "refcount-bits": 1 << header.refcount_order,
     }
     if header.version >= 3:
         data["lazy-refcounts"] = bool(header.compatible & Compatible.LAZY_REFCOUNTS)
+    data["refcount-bits"] = 1 << header.refcount_order
+    if header.version >= 3:
         if header.data_file is not None:
             data["data-file"] = header.data_file
             data["data-file-raw"] = bool(header.autoclear & Autoclear.RAW_DATA_FILE)

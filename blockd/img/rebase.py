@@ -22,7 +22,7 @@ def run(arguments: list[str]) -> int:
     parser = common.Parser("rebase", "Give an image another backing file.")
     parser.format_option()
     parser.add_argument("-b", dest="backing", metavar="FILE", required=True, help="an empty name for none")
-    parser.add_argument("-F", dest="backing_format", choices=IMAGE_FORMATS)
+    parser.add_argument("-F", dest="backing_format", choices=IMAGE_FORMATS, help="its format")
     parser.add_argument("-u", dest="unsafe", action="store_true", help="write the name only")
     parser.progress_option()
     parser.quiet_option()

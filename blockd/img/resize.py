@@ -22,9 +22,9 @@ def run(arguments: list[str]) -> int:
     parser.chain_option()
     parser.add_argument("file")
     parser.add_argument("size")
-    if arguments and _CHANGE.fullmatch(arguments[-1]):
-        arguments = [*arguments[:-1], "--", arguments[-1]]  # a size, not an option
-    given = parser.parse_args(arguments)
+    if arguments and _CHANGE.fullmatch(arguments[-1]) and "--" not in arguments:  # a size, not an option
+        arguments = [*arguments[:-1], "--", arguments[-1]]
+    given = parser.parse_intermixed_args(arguments)
     image = common.open_image(given.file, given.format, read_only=False, allowed=given.allow_backing)
     try:
         old = image.size

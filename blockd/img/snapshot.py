@@ -6,6 +6,7 @@ import argparse
 
 from blockd.img import common
 from blockd.img.info import snapshot_lines, snapshot_row
+from blockd.opening import probe
 from blockd.qcow2 import operations, snapshots
 from blockd.qcow2.image import Qcow2Image
 
@@ -24,6 +25,8 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("file")
     given = parser.parse_intermixed_args(arguments)
     listing = not (given.create or given.apply or given.delete)
+    if listing and (given.format or probe(given.file)) == "raw":
+        return 0  # which has none
     image = common.open_qcow2(
         given.file,
         given.format,

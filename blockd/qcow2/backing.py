@@ -51,7 +51,9 @@ def plain_path(image: str, name: str) -> str | None:
         name = name[len("file:") :]
     if is_network_name(image):  # which lies in no folder
         return name if os.path.isabs(name) else None
-    return os.path.join(os.path.dirname(os.path.realpath(image)), name)
+    folder, real = os.path.dirname(image), os.path.dirname(os.path.realpath(image))
+    # told as the image's own name was, unless that is a link to elsewhere
+    return os.path.join(folder if os.path.realpath(folder) == real else real, name)
 
 
 def resolve(image: str, name: str, allowed: tuple[str, ...], what: str = "backing file") -> str:

@@ -156,6 +156,9 @@ class _Bench:
              lambda: self._fio("randwrite", *seconds), lambda: self._full),
             ("4 KiB writes to new clusters", "IOPS", 0.5, "fio", self._allocate, self._empty),
             ("the same over a backing file", "IOPS", 0.5, "fio", self._allocate, self._overlay),
+            ("raw: nbdcopy, sequential read", "MiB/s", 1.0, "nbdcopy", self._copy, lambda: self._noise),
+            ("raw: 4 KiB random reads, depth 16", "IOPS", 1.0, "fio",
+             lambda: self._fio("randread", *seconds), lambda: self._noise),
         ]  # fmt: skip
         for name, unit, target, tool, work, image in served:
             row = Row(name, unit, target)
@@ -245,7 +248,8 @@ class _Bench:
         """Serve an image; yields the server's process number."""
         socket = self._folder / "socket"
         socket.unlink(missing_ok=True)
-        options = ["-t", "-e", "8", "-x", "x", "-f", "qcow2", "-k", str(socket), str(image)]
+        kind = image.suffix.removeprefix(".") or "qcow2"
+        options = ["-t", "-e", "8", "-x", "x", "-f", kind, "-k", str(socket), str(image)]
         if side == ATOLL:
             options[:0] = ["--allow-backing", str(self._folder)]
         log = self._folder / "server.log"

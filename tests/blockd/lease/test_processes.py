@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import select
 import signal
@@ -22,6 +23,7 @@ from coordinator.contract import messages
 from coordinator.contract.config import Export, LeasePolicy, nbd_socket
 from coordinator.contract.durable import Folder
 from coordinator.contract.errors import BlockError
+from devhost import block_backend
 from devhost.block_backend import NbdBackend
 from devhost.block_client import BlockClient
 from tests.blockd.lease.support import AWAIT, BREAK, TAKE, litter, make_files, top
@@ -156,9 +158,16 @@ def test_a_lost_lease_is_told(daemons: list[Daemon], runtime: Path, tmp_path: Pa
 
 
 def test_the_device_host_sits_out_a_transfer(
-    daemons: list[Daemon], runtime: Path, tmp_path: Path
+    daemons: list[Daemon],
+    runtime: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its connection ends while nothing is in flight; the next request makes another, or fails."""
+    """Its connection ends while nothing is in flight, which is no news; the next request makes another, or
+    fails."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(block_backend, "PATIENCE", SECONDS)  # a daemon that is slow is there
     file = make_files(tmp_path, "x")["x"]
     daemon = Daemon(runtime / "s", Export("hd0", file, lease=TAKE))
     daemons.append(daemon)
@@ -173,6 +182,7 @@ def test_the_device_host_sits_out_a_transfer(
 
     daemon.ask(messages.PrepareTransfer, transfer="T")
     until(lambda: not select.select([backend.fileno()], [], [], 0)[0])
+    assert not caplog.messages
     daemon.ask(messages.AbortTransfer, transfer="T")
     cookie = backend.write(0, [memoryview(bytearray(b"2" * 512))])
     assert done == []  # never from inside a request
@@ -180,9 +190,11 @@ def test_the_device_host_sits_out_a_transfer(
     assert done == [(cookie, 0)]
     daemon.ask(messages.PrepareTransfer, transfer="U")
     until(lambda: not select.select([backend.fileno()], [], [], 0)[0])
+    monkeypatch.setattr(block_backend, "PATIENCE", 0.1)
     failing = backend.flush()
     until(lambda: len(done) == 2)
     assert done[1] == (failing, errno.EIO)
+    monkeypatch.setattr(block_backend, "PATIENCE", SECONDS)
     daemon.ask(messages.AbortTransfer, transfer="U")
     last = backend.flush()
     until(lambda: len(done) == 3)

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -152,8 +153,17 @@ def test_no_room(mixed: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
     assert not target.exists()
 
 
+@pytest.fixture
+def not_ignored() -> Iterator[None]:
+    """SIGINT as in the foreground: a shell's background jobs ignore it, and so does what they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("options", [("-O", "raw"), ("-O", "qcow2"), ("-c", "-O", "qcow2")], ids=" ".join)
+@pytest.mark.usefixtures("not_ignored")
 def test_signal(
     mixed: Path,
     tmp_path: Path,

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import re
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from blockd.hostfile import HostFile
+from blockd.img.main import COMMANDS
 from blockd.opening import open_image
 from coordinator.cli.main import main
 from tests.blockd.qcow2.support import qemu_check, qemu_reads
@@ -76,8 +78,7 @@ def test_create_and_info(tmp_path: Path, options: tuple[str, ...]) -> None:
     qemu_check(ours)
     for file in (ours, theirs):
         both_json("info", "--output=json", file)
-        human = [text.splitlines() for text in (img("info", file), qemu_img("info", file))]
-        assert sorted(human[0]) == sorted(human[1])
+        assert img("info", file) == qemu_img("info", file)
     assert img("check", ours) == qemu_img("check", ours)
     qemu_reads(ours, bytes(10 * MIB), tmp_path)
 
@@ -202,6 +203,8 @@ def test_resize(tmp_path: Path, noise: Path) -> None:
     qemu_reads(file, noise.read_bytes()[:size].ljust(6 * MIB, b"\0"), tmp_path)
     img("resize", "-f", "raw", str(noise), "8M")
     assert noise.stat().st_size == 8 * MIB
+    img("resize", "-f", "raw", str(noise), "--shrink", "--", "-1M")
+    assert noise.stat().st_size == 7 * MIB
 
 
 @pytest.mark.parametrize("kind", ["qcow2", "raw"])
@@ -242,6 +245,81 @@ def test_rebase(tmp_path: Path, noise: Path) -> None:
 def test_bench(tmp_path: Path, noise: Path) -> None:
     assert "Run completed in" in img("bench", "-c", "50", "-f", "raw", str(noise))
     assert "50 write requests" in img("bench", "-w", "-c", "50", "-f", "raw", str(noise))
+
+
+@pytest.mark.parametrize("name", ["a b", "a,b", "a%20b", "./a:b", "-", "\u00fc"])
+def test_names_as_users_give_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A chain in a folder, seen from there and by way of a link to it; what is told has the user's names."""
+    folder = tmp_path / "my images"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    base, top = f"{name}.qcow2", f"{name} top.qcow2"
+    img("create", "-q", "-f", "qcow2", "--", base, "1M")
+    below = f"./{base}" if base.startswith("-") else base
+    img("create", "-q", "-f", "qcow2", "-b", below, "-F", "qcow2", "--", top)
+    run_tool("qemu-io", "-f", "qcow2", "-c", "write -q -P 3 0 64k", "--", str(folder / base))
+    for place in ("", "../link/", f"{tmp_path}/link/"):
+        for command in (("info",), ("info", "--backing-chain"), ("map",)):
+            both_json(*command, "--output=json", "--", place + top)
+            assert img(*command, "--", place + top) == qemu_img(*command, "--", place + top)
+
+
+def test_an_image_that_is_a_link_lies_where_that_leads(tmp_path: Path) -> None:
+    for folder in ("images", "links"):
+        (tmp_path / folder).mkdir()
+    base, top = (str(tmp_path / "images" / name) for name in ("base", "top"))
+    img("create", "-q", "-f", "qcow2", base, "1M")
+    img("create", "-q", "-f", "qcow2", "-b", "base", "-F", "qcow2", top)
+    link = tmp_path / "links" / "top"
+    link.symlink_to(top)
+    told = json.loads(img("info", "--backing-chain", "--output=json", str(link)))
+    assert told[0]["full-backing-filename"] == told[1]["filename"] == base
+
+
+def test_help(tmp_path: Path) -> None:
+    told = img("--help")
+    for command in COMMANDS:
+        assert f"\n  {command} " in told
+        about = io.StringIO()
+        with redirect_stdout(about), pytest.raises(SystemExit, match="^0$"):
+            main(["img", command, "--help"])
+        assert about.getvalue().startswith(f"usage: atoll img {command} ")
+    listed = [text.split()[0] for text in img("create", "-f", "qcow2", "-o", "help").splitlines()[1:]]
+    wanted = qemu_img("create", "-f", "qcow2", "-o", "help").splitlines()
+    theirs = [text.split("=")[0].strip() for text in wanted]
+    assert set(listed) == {name for name in theirs if re.fullmatch("[a-z0-9_]+", name)} - {"encryption"}
+    assert "cluster_size" not in img("create", "-o", "?")
+
+
+#: what a user may name by mistake, and what each command says then: exit statuses by qemu-img's
+NO_IMAGES = {
+    "folder": "s a directory",
+    "none": "No such file or directory",
+    "folder/none": "No such file or directory",
+    "fifo": "is no file and no block device",
+    "/dev/null": "is no file and no block device",
+}
+ON_ONE_IMAGE = (
+    ("info",), ("check",), ("map",), ("snapshot", "-l"), ("snapshot", "-c", "x"), ("commit",),
+    ("rebase", "-b", ""), ("bench", "-c", "1"), ("compare", "disk"), ("convert", "-O", "qcow2", "-n", "disk"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ON_ONE_IMAGE, ids=" ".join)
+def test_what_is_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    os.mkfifo("fifo")
+    img("create", "-q", "-f", "qcow2", "disk", "1M")
+    for name, words in NO_IMAGES.items():
+        told = img(*command, name, status=2 if command[0] == "compare" else 1)
+        assert told.startswith("atoll img: ") and words in told and told.count("\n") == 1
+
+
+def test_a_raw_image_has_no_snapshots_to_list(noise: Path) -> None:
+    assert img("snapshot", "-l", str(noise)) == qemu_img("snapshot", "-l", str(noise)) == ""
+    assert "no snapshots" in img("snapshot", "-c", "x", "-f", "raw", str(noise), status=1)
 
 
 def test_errors_are_one_line(tmp_path: Path) -> None:
