@@ -181,6 +181,8 @@ class Vm:
                     trace.info("%s", line)
             case messages.TrayMoved(drive=drive, open=is_open):
                 self.event("DEVICE_TRAY_MOVED", {"device": drive, "id": drive, "tray-open": is_open})
+            case messages.TookOver(role=role, drives=drives, guest_ns=now):
+                self.event("X_DRIVES_TAKEN_OVER", {"role": role, "drives": drives, "guest-ns": now})
             case messages.PhaseReached(drive=drive, phase=phase, guest_ns=now):
                 self.event("X_PHASE_REACHED", {"device": drive, "phase": phase.value, "guest-ns": now})
             case messages.PhaseMissed(drive=drive, phase=phase, held=held):

@@ -331,6 +331,9 @@ class Pc:
         order = {"pc": 0, "pic": 2}  # the clock first; the PIC knows the levels of its inputs
         self.service.commits.load(sorted(slots, key=lambda slot: order.get(slot.name, 1)))
         self.service.commits.resume()  # first: a vCPU that waits for a time source could not take a map
+        phases = {drive["id"]: drive["phase"] for drive in self.drives.describe()}
+        role = f"devhost{self.bus.host}"
+        self.service.control.notify(messages.TookOver(role=role, drives=phases, guest_ns=self.clock.now()))
         self.bus.show_ports()
         self._quiet = False
         self.memory_changed()

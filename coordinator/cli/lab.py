@@ -1,9 +1,10 @@
-"""``atoll lab``: migrations by the hundred, measured (docs/lab.md)."""
+"""``atoll lab``: migrations and crashes by the hundred, measured (docs/lab.md)."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,6 +13,12 @@ import msgspec
 from coordinator.contract.drives import DrivePhase
 from coordinator.contract.errors import UsageError
 from coordinator.lab import compare, plan, report, table
+from coordinator.lab.crash import report as crash_report
+from coordinator.lab.crash import run as crash
+from coordinator.lab.crash import table as crash_table
+from coordinator.lab.crash.plan import trial
+from coordinator.lab.crash.results import Crashes
+from coordinator.lab.crash.statistics import failed_checks
 from coordinator.lab.local import Local
 from coordinator.lab.plan import Experiment, Plan, Policy
 from coordinator.lab.progress import Progress
@@ -48,6 +55,22 @@ EXPERIMENT = {
 }
 
 
+#: options of ``crash``; types, bounds and defaults are those of lab/crash/plan.Trial
+CRASH = {
+    "kills": ("N", "how many (200)"),
+    "spacing": ("MS", "from one to the next, half of it more or less (500); 0: as soon as it is there again"),
+    "seed": ("N", "what islands and moments are drawn from"),
+    "roles": ("R,R", "devhost, devhostN, blockd (devhost,blockd)"),
+    "hang": ("SHARE", "of them that are stopped instead, for the coordinator to find out (0)"),
+    "island-timeout": ("SECONDS", "after which it does (2)"),
+    "ram": ("MIB", "guest memory"),
+    "vcpus": ("N", "virtual CPUs (2)"),
+    "cd": ("MIB", "size of the CD"),
+    "disk": ("MIB", "size of the qcow2 disk"),
+    "patience": ("SECONDS", "for an island to come back and the guest to read on (120)"),
+}
+
+
 class Parser(argparse.ArgumentParser):
     """Errors are one line, as everywhere."""
 
@@ -56,7 +79,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="atoll lab", description="Migrations by the hundred, measured.", allow_abbrev=False)
+    about = "Migrations and crashes by the hundred, measured."
+    parser = Parser(prog="atoll lab", description=about, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
     output = Parser(add_help=False)
@@ -97,15 +121,21 @@ def _parser() -> Parser:
     )
     sweep = add("sweep", "the experiments of a plan file", records, output)
     sweep.add_argument("plan", type=Path, metavar="PLAN.toml")
+    crash = add("crash", "islands killed while the guest reads and writes", records, output)
+    for name, (argument, about) in CRASH.items():
+        crash.add_argument(f"--{name}", metavar=argument, help=about, default=argparse.SUPPRESS)
     again = add("report", "reports of results there are already, shards of one run together", output)
     again.add_argument("files", type=Path, nargs="+", metavar="RESULTS")
     return parser
 
 
-def _experiment(options: argparse.Namespace, **more: Any) -> Experiment:
+def _given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     given = vars(options)
-    fields = {name: given[key] for name in EXPERIMENT if (key := name.replace("-", "_")) in given}
-    return plan.experiment({**fields, **more})
+    return {name: given[key] for name in names if (key := name.replace("-", "_")) in given}
+
+
+def _experiment(options: argparse.Namespace, **more: Any) -> Experiment:
+    return plan.experiment({**_given(options, EXPERIMENT), **more})
 
 
 def _words(text: str, known: list[str], option: str) -> list[str]:
@@ -133,15 +163,31 @@ def _plan(options: argparse.Namespace) -> Plan:
             return msgspec.convert({"experiments": [one], "hosts": options.hosts}, Plan)
 
 
+def _crash(options: argparse.Namespace) -> tuple[bool, bool]:
+    """Whether it came to its end, and nothing was wrong."""
+    results = Crashes(trial(_given(options, CRASH)), options.results, options.resume)
+    progress = Progress(sys.stderr, results.plan.kills, len(results.kills))
+    try:
+        whole = crash.run(results, progress)
+    finally:
+        results.close()
+    print(crash_table.text(results))
+    crash_report.write(results, options.json, options.html, options.png)
+    return whole, not failed_checks(results) and not any(kill.errors for kill in results.kills)
+
+
 def run(arguments: list[str]) -> int:
-    """The subcommand; returns 0, or 130 where the run was ended early."""
+    """The subcommand; returns 0, 1 where kills did harm, or 130 where the run was ended early."""
     options = _parser().parse_args(arguments)
-    whole = True
-    if options.command == "report":
+    whole = harmless = True
+    if getattr(options, "resume", False) and options.results is None:
+        raise UsageError("--resume needs --results, the file to go on with")
+    if options.command == "crash":
+        whole, harmless = _crash(options)
+    elif options.command == "report":
         results = gathered(options.files)
+        _show(options, results)
     else:
-        if options.resume and options.results is None:
-            raise UsageError("--resume needs --results, the file to go on with")
         made = _plan(options)
         results = Results(made, options.results, options.resume)
         progress = Progress(sys.stderr, made.migrations, results.done.total())
@@ -149,8 +195,12 @@ def run(arguments: list[str]) -> int:
             whole = carry_out(results, Local(), progress)
         finally:
             results.close()
-    print(table.text(summaries(results)))
-    report.write(results, options.json, options.html, options.png)
+        _show(options, results)
     if not whole and getattr(options, "results", None) is not None:
         print(f"atoll lab: ended early; --results {options.results} --resume goes on", file=sys.stderr)
-    return 0 if whole else STATUS_INTERRUPTED
+    return STATUS_INTERRUPTED if not whole else 0 if harmless else 1
+
+
+def _show(options: argparse.Namespace, results: Results) -> None:
+    print(table.text(summaries(results)))
+    report.write(results, options.json, options.html, options.png)

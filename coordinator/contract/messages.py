@@ -456,6 +456,14 @@ class TrayMoved(msgspec.Struct, frozen=True, tag="tray"):
     open: bool
 
 
+class TookOver(msgspec.Struct, frozen=True, tag="tookover"):
+    """A successor has loaded what its predecessor committed last: where each drive stands, by id."""
+
+    role: str
+    drives: dict[str, str]
+    guest_ns: int
+
+
 class PhaseReached(msgspec.Struct, frozen=True, tag="phasereached"):
     """ArmPhase: the drive is held in this phase since guest time ``guest_ns``."""
 
@@ -497,6 +505,7 @@ AnyNotice = (
     | DebugOutput
     | TraceLines
     | TrayMoved
+    | TookOver
     | PhaseReached
     | PhaseMissed
     | LeaseLost

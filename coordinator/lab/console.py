@@ -1,4 +1,4 @@
-"""What the guest says (guest/cdreader.c), put together from the consoles of the machines it has lived in.
+"""What the guest says (guest/), put together from the consoles of the machines it has lived in.
 
 Guest times are nanoseconds of its time-stamp counter's clock, which is the machine's guest time.
 """
@@ -6,6 +6,7 @@ Guest times are nanoseconds of its time-stamp counter's clock, which is the mach
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from coordinator.contract.config import TSC_KHZ
@@ -42,9 +43,29 @@ class Pass(Moment):
 
 @dataclass(frozen=True)
 class Text(Moment):
-    """A read failed, or the kernel said something."""
+    """A call failed, or the kernel said something at a level (syslog(2)) of its."""
 
     text: str
+    level: int = 6
+
+
+@dataclass(frozen=True)
+class Disk(Moment):
+    """What the writer has done since it began: rounds, flushes that came back, bytes compared. ``digest``:
+    its last word, SHA-256 of the blocks."""
+
+    rounds: int
+    syncs: int
+    compared: int
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class Wrong(Moment):
+    """``bytes`` of the disk are others than were written."""
+
+    bytes: int
+    where: str
 
 
 @dataclass(frozen=True)
@@ -56,6 +77,8 @@ class Mark:
     passes: int = 0
     errors: int = 0
     kernel: int = 0
+    disk: int = 0
+    wrong: int = 0
 
 
 @dataclass
@@ -67,9 +90,13 @@ class Guestbook:
     passes: list[Pass] = field(default_factory=list)
     errors: list[Text] = field(default_factory=list)
     kernel: list[Text] = field(default_factory=list)
+    disk: list[Disk] = field(default_factory=list)
+    wrong: list[Wrong] = field(default_factory=list)
     #: lines that are none of ours: firmware, the kernel's last words
     other: list[str] = field(default_factory=list)
     ready: bool = False
+    writes: bool = False
+    ended: bool = False
     failed: str = ""
     _partial: bytes = b""
 
@@ -97,8 +124,21 @@ class Guestbook:
                     self.passes.append(Pass(self._ns(tsc), verdict == "right"))
                 case "@error", [tsc, errno, offset]:
                     self.errors.append(Text(self._ns(tsc), f"errno {errno} at byte {offset}"))
-                case "@kmsg", [tsc, _, *words]:
-                    self.kernel.append(Text(self._ns(tsc), " ".join(words)))
+                case "@kmsg", [tsc, level, *words]:
+                    self.kernel.append(Text(self._ns(tsc), " ".join(words), int(level)))
+                case "@disk", [tsc, rounds, syncs, compared]:
+                    self.disk.append(Disk(self._ns(tsc), int(rounds), int(syncs), int(compared)))
+                case "@diskwrong", [tsc, count, *words]:
+                    self.wrong.append(Wrong(self._ns(tsc), int(count), " ".join(words)))
+                case "@diskerror", [tsc, errno, *words]:
+                    self.errors.append(Text(self._ns(tsc), f"disk: errno {errno} at {' '.join(words)}"))
+                case "@diskend", [tsc, rounds, syncs, compared, digest]:
+                    self.disk.append(
+                        Disk(self._ns(tsc), int(rounds), int(syncs), int(compared), digest)
+                    )
+                    self.ended = True
+                case "@diskready", [_, _]:
+                    self.writes = True
                 case "@ready", [_, _]:
                     self.ready = True
                 case "@failed", [_, *words]:
@@ -110,7 +150,10 @@ class Guestbook:
 
     def mark(self) -> Mark:
         """How much of it there is now."""
-        return Mark(len(self.reads), len(self.gaps), len(self.passes), len(self.errors), len(self.kernel))
+        return Mark(
+            len(self.reads), len(self.gaps), len(self.passes), len(self.errors), len(self.kernel),
+            len(self.disk), len(self.wrong),
+        )  # fmt: skip
 
     async def passes_after(self, count: int) -> None:
         """More than ``count`` passes are over, or never will be."""
@@ -133,6 +176,10 @@ class Guestbook:
 
     async def until_ready(self) -> None:
         """Reading has begun, or never will (``failed``)."""
-        while not self.ready and not self.failed:
+        await self.until(lambda: self.ready)
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        """Something holds, or never will (``failed``)."""
+        while not holds() and not self.failed:
             self.news.clear()
             await self.news.wait()

@@ -1,4 +1,4 @@
-"""The guest ``cdreader``: a Linux whose first program reads the CD without end (guest/cdreader.c).
+"""The guest ``cdreader``: a Linux whose first program reads the CD without end (guest/cdreader).
 
 Kernel and driver modules come from Debian's package (coordinator/pieces.py), the program is compiled here.
 The CD is random data with no file system; its SHA-256 is told to the guest on the kernel's command line.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy
 
@@ -40,11 +42,18 @@ class Guest:
 @cache
 def initramfs() -> Path:
     """The program as /init, and the modules of the CD-ROM drive in the order in which it loads them."""
-    return packed("lab", compiled("cdreader", SOURCES, (*STATIC_FLAGS, "-march=x86-64", "-pthread")), MODULES)
+    return packed("lab", program("cdreader"), MODULES)
 
 
-def packed(name: str, program: Path, wanted: tuple[str, ...]) -> Path:
-    """A static program as /init of an initramfs, and modules with the order in which it must load them."""
+def program(name: str) -> Path:
+    """One of the guest's programs."""
+    flags = (*STATIC_FLAGS, "-march=x86-64", "-pthread")
+    return compiled(name, SOURCES / name, flags, SOURCES / "common")
+
+
+def packed(name: str, program: Path, wanted: tuple[str, ...], beside: tuple[Path, ...] = ()) -> Path:
+    """A static program as /init of an initramfs, modules with the order in which it must load them, and other
+    programs ``beside`` it, /1 and up."""
     kernel = pieces.modules_dir()
 
     def build(path: Path) -> None:
@@ -57,10 +66,13 @@ def packed(name: str, program: Path, wanted: tuple[str, ...]) -> Path:
             archive.file(f"modules/{module}.ko", elf)
         archive.file("modules/order", "".join(f"{module}\n" for module, _ in ordered).encode())
         archive.file("init", program.read_bytes(), 0o755)
+        for number, other in enumerate(beside, 1):
+            archive.file(str(number), other.read_bytes(), 0o755)
         path.write_bytes(gzip.compress(archive.finish(), compresslevel=6, mtime=0))
 
     builder = source(Path(__file__), Path(cpio.__file__), Path(modules.__file__))
-    return product(f"{name}.gz", [kernel.name, program.name, *wanted, *builder], build)
+    programs = (program.name, *(other.name for other in beside))
+    return product(f"{name}.gz", [kernel.name, *programs, *wanted, *builder], build)
 
 
 @cache
@@ -86,10 +98,15 @@ def guest(experiment: Experiment) -> Guest:
         "dirty": experiment.dirty,
         "dirty_rate": experiment.dirty_rate,
     }
+    return machine(initramfs(), path, experiment.ram, experiment.vcpus, words)
+
+
+def machine(initrd: Path, cd: Path, ram: int, vcpus: int, words: Mapping[str, Any]) -> Guest:
+    """A machine without what no guest of the laboratory needs; ``words`` are for its programs."""
     options = (
         *("-machine", "pc", "-vga", "none", "-display", "none", "-monitor", "none"),
-        *("-m", str(experiment.ram), "-smp", str(experiment.vcpus), "-cdrom", str(path).replace(",", ",,")),
-        *("-kernel", str(pieces.kernel()), "-initrd", str(initramfs())),
+        *("-m", str(ram), "-smp", str(vcpus), "-cdrom", str(cd).replace(",", ",,")),
+        *("-kernel", str(pieces.kernel()), "-initrd", str(initrd)),
     )
     append = " ".join(
         [

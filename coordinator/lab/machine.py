@@ -69,7 +69,7 @@ class Machine:
         with self._errors.open("wb") as errors:
             self._process = await asyncio.create_subprocess_exec(
                 *self._command,
-                stdin=asyncio.subprocess.DEVNULL,
+                stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=errors,
                 env=environment,
@@ -103,6 +103,11 @@ class Machine:
         if self._heard:
             ear(bytes(self._heard))
             self._heard.clear()
+
+    def type(self, text: bytes) -> None:
+        """Input of the guest's console."""
+        assert self._process is not None and self._process.stdin is not None
+        self._process.stdin.write(text)
 
     @property
     def qmp(self) -> Qmp:

@@ -33,7 +33,8 @@ def available() -> bool:
     return True
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """ConfigError without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -44,8 +45,10 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _curves(axes: Any, lists: Sequence[tuple[str, Sequence[float | None]]], label: str) -> None:
-    """Share of migrations that took at most so long."""
+def curves(
+    axes: Any, lists: Sequence[tuple[str, Sequence[float | None]]], label: str, what: str = "migrations"
+) -> None:
+    """Share of them that took at most so long."""
     for name, values in lists:
         known = sorted(max(value, LEAST_MS) for value in values if value is not None)
         if known:
@@ -54,7 +57,7 @@ def _curves(axes: Any, lists: Sequence[tuple[str, Sequence[float | None]]], labe
     axes.set_xscale("log")
     axes.set_ylim(0, 1.02)
     axes.set_xlabel(f"{label}, ms")
-    axes.set_ylabel("share of migrations")
+    axes.set_ylabel(f"share of {what}")
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend(fontsize=8)
@@ -71,13 +74,13 @@ def downtime(results: Results, found: list[Summary], plt: Any) -> Any:
         lists = [
             (s.experiment.name, [getattr(m, attribute) for m in results.of(s.experiment.name)]) for s in found
         ]
-        _curves(axes, lists, label)
+        curves(axes, lists, label)
     return figure
 
 
 def stall(results: Results, found: list[Summary], plt: Any) -> Any:
     figure, axes = plt.subplots(layout="constrained", figsize=(WIDTH, 3.6))
-    _curves(
+    curves(
         axes,
         [(s.experiment.name, [m.stall for m in results.of(s.experiment.name)]) for s in found],
         "to the next read",
@@ -194,15 +197,17 @@ PLOTS: dict[str, tuple[str, Callable[[Results, list[Summary], Any], Any]]] = {
 
 def png(results: Results) -> dict[str, bytes]:
     """By name, in the order of PLOTS; none where nothing has moved. ConfigError without matplotlib."""
-    plt = _pyplot()
+    plt = pyplot()
     found = summaries(results)
-    drawn = {}
-    if found:
-        for name, (title, draw) in PLOTS.items():
-            figure = draw(results, found, plt)
-            figure.suptitle(title, fontsize=11)
-            out = io.BytesIO()
-            figure.savefig(out, format="png", dpi=DPI, metadata={"Software": None})
-            plt.close(figure)
-            drawn[name] = out.getvalue()
-    return drawn
+    if not found:
+        return {}
+    return {name: rendered(draw(results, found, plt), title, plt) for name, (title, draw) in PLOTS.items()}
+
+
+def rendered(figure: Any, title: str, plt: Any) -> bytes:
+    """A figure as PNG; it is used up."""
+    figure.suptitle(title, fontsize=11)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=DPI, metadata={"Software": None})
+    plt.close(figure)
+    return out.getvalue()

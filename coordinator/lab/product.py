@@ -48,9 +48,14 @@ def source(*paths: Path) -> list[bytes]:
     return [path.read_bytes() for path in paths]
 
 
-def compiled(name: str, folder: Path, flags: Sequence[str]) -> Path:
-    """The program built from all C files of a folder; ConfigError where it cannot be compiled."""
+def compiled(name: str, folder: Path, flags: Sequence[str], common: Path | None = None) -> Path:
+    """The program built from all C files of a folder, and of one with ``common`` parts; ConfigError where it
+    cannot be compiled."""
     files = sorted(folder.glob("*.[ch]"))
+    places = []
+    if common is not None:
+        files += sorted(common.glob("*.[ch]"))
+        places = [f"-I{common}"]
     compiler = os.environ.get("CC", "gcc")
     if shutil.which(compiler) is None:
         raise ConfigError(f"{compiler} not found: it compiles the guests' programs")
@@ -59,7 +64,7 @@ def compiled(name: str, folder: Path, flags: Sequence[str]) -> Path:
     def build(path: Path) -> None:
         units = [str(file) for file in files if file.suffix == ".c"]
         result = subprocess.run(
-            [compiler, *flags, "-o", str(path), *units], capture_output=True, text=True, check=False
+            [compiler, *flags, *places, "-o", str(path), *units], capture_output=True, text=True, check=False
         )
         if result.returncode != 0:
             raise ConfigError(f"cannot compile {name}:\n{result.stderr}")

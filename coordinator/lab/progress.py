@@ -7,10 +7,7 @@ import time
 from collections import deque
 from typing import TextIO
 
-from coordinator.lab.results import Migration
-from coordinator.lab.statistics import verdict
-
-#: migrations that the estimate is made from: a stall is long, and others like it may follow
+#: those that the estimate is made from: a stall is long, and others like it may follow
 RECENT = 20
 #: between two lines where there is no terminal, seconds
 QUIET_SECONDS = 30.0
@@ -27,7 +24,7 @@ def milliseconds(value: float | None) -> str:
 
 
 class Progress:
-    """``of``: migrations in all; ``done``: those of before."""
+    """``of``: migrations, or whatever is counted, in all; ``done``: those of before."""
 
     def __init__(self, stream: TextIO, of: int, done: int = 0) -> None:
         self._stream, self._of, self._done = stream, of, done
@@ -38,25 +35,22 @@ class Progress:
 
     @property
     def left(self) -> float | None:
-        """Seconds, None before the first migration."""
+        """Seconds, None before the first one."""
         if len(self._ends) < 2:
             return None
         each = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
         return each * (self._of - self._done)
 
-    def migrated(self, migration: Migration) -> None:
+    def step(self, text: str) -> None:
+        """One more is over."""
         self._done += 1
         self._ends.append(time.monotonic())
         left = self.left
-        self._say(
-            f"{self._done}/{self._of}  {migration.experiment} {migration.index + 1}: {migration.phase}, "
-            f"{verdict(migration) if migration.outcome == 'moved' else migration.outcome}, "
-            f"down {milliseconds(migration.downtime_host)}, next read {milliseconds(migration.stall)}"
-            + (f"  ({clock(left)} left)" if left is not None else "")
-        )
+        tail = f"  ({clock(left)} left)" if left is not None else ""
+        self._say(f"{self._done}/{self._of}  {text}{tail}")
 
     def note(self, text: str) -> None:
-        """A step that is no migration."""
+        """Something that is not counted."""
         self._say(f"{self._done}/{self._of}  {text}")
 
     def _say(self, text: str) -> None:

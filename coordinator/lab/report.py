@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -29,7 +30,8 @@ def document(results: Results) -> bytes:
     return msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; the first cell of a row is its heading."""
     cells = "".join(f"<th>{html.escape(word)}</th>" for word in head)
     lines = "".join(
         "<tr>"
@@ -52,7 +54,7 @@ def _unusual(results: Results, found: list[Summary]) -> str:
             rows.append([m.experiment, str(m.index + 1), m.phase, m.outcome, verdict(m), stall, said])
     if not rows:
         return "<p>None.</p>"
-    return _table(
+    return grid(
         ["experiment", "number", "phase", "outcome", "for the guest", "next read, ms", "what was said"], rows
     )
 
@@ -64,47 +66,75 @@ def _settings(results: Results) -> str:
         name = fields.pop("name")
         said = [f"{key} {value}" for key, value in fields.items() if value not in ("", None, 0)]
         rows.append([name, ", ".join(said)])
-    return _table(["experiment", "settings"], rows)
+    return grid(["experiment", "settings"], rows)
+
+
+def html_page(title: str, heading: str, sections: Sequence[tuple[str, str]]) -> str:
+    """One file with everything in it; a section is a heading (may be empty) and its HTML."""
+    parts = "".join(
+        (f"<h2>{html.escape(name)}</h2>" if name else "") + content + "\n" for name, content in sections
+    )
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style></head>
+<body>
+<h1>{html.escape(heading)}</h1>
+{parts}</body></html>
+"""
+
+
+def pictures(drawn: Mapping[str, bytes], titles: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Sections of plots, as PNG by name."""
+    if not drawn:
+        return [("", "<p>Plots need matplotlib (atoll[lab]).</p>")]
+    return [
+        (
+            titles[name],
+            f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(data).decode()}">',
+        )
+        for name, data in drawn.items()
+    ]
 
 
 def page(results: Results, drawn: dict[str, bytes]) -> str:
     """The HTML report, with the plots inside."""
     found = summaries(results)
     names = [one.experiment.name for one in found]
-    pictures = "".join(
-        f'<h2>{html.escape(plots.PLOTS[name][0])}</h2><img alt="{name}" src="data:image/png;base64,'
-        f'{base64.b64encode(data).decode()}">'
-        for name, data in drawn.items()
+    about = (
+        "<p>Rates are followed by Wilson's 95 % bounds. Times are median / 99th percentile / largest. "
+        "docs/lab.md says what each line means.</p>"
     )
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>Atoll: migrations</title><style>{STYLE}</style></head>
-<body>
-<h1>Atoll: {len(results.migrations)} migrations of a guest that reads its CD</h1>
-<p>Rates are followed by Wilson's 95 % bounds. Times are median / 99th percentile / largest.
-docs/lab.md says what each line means.</p>
-{_table(["", *names], [[heading, *cells] for heading, cells in table.rows(found)[1:]])}
-<h2>Phases met, and time spent in them</h2>
-{_table(["phase", *names], [[heading, *cells] for heading, cells in table.phases(found)])}
-{pictures or "<p>Plots need matplotlib (atoll[lab]).</p>"}
-<h2>Migrations that the guest noticed, or that failed</h2>
-{_unusual(results, found)}
-<h2>Settings</h2>
-{_settings(results)}
-</body></html>
-"""
+    return html_page(
+        "Atoll: migrations",
+        f"Atoll: {len(results.migrations)} migrations of a guest that reads its CD",
+        [
+            ("", about + grid(["", *names], [[heading, *cells] for heading, cells in table.rows(found)[1:]])),
+            (
+                "Phases met, and time spent in them",
+                grid(["phase", *names], [[heading, *cells] for heading, cells in table.phases(found)]),
+            ),
+            *pictures(drawn, {name: title for name, (title, _) in plots.PLOTS.items()}),
+            ("Migrations that the guest noticed, or that failed", _unusual(results, found)),
+            ("Settings", _settings(results)),
+        ],
+    )
 
 
 def write(results: Results, json: Path | None, page_file: Path | None, png: Path | None) -> None:
     """Files that were asked for; ``png`` is a folder. ConfigError names what cannot be written."""
     drawn = plots.png(results) if png is not None or (page_file is not None and plots.available()) else {}
-    files: dict[Path, bytes] = {}
-    if json is not None:
-        files[json] = document(results)
-    if page_file is not None:
-        files[page_file] = page(results, drawn).encode()
-    if png is not None:
-        files |= {png / f"{name}.png": data for name, data in drawn.items()}
-    for path, data in files.items():
+    files = (json, lambda: document(results)), (page_file, lambda: page(results, drawn).encode())
+    save(*files, png=(png, drawn))
+
+
+def save(
+    *files: tuple[Path | None, Callable[[], bytes]], png: tuple[Path | None, Mapping[str, bytes]]
+) -> None:
+    """Files of those that have a path, plots in a folder; ConfigError names what cannot be written."""
+    made = {path: data() for path, data in files if path is not None}
+    folder, drawn = png
+    if folder is not None:
+        made |= {folder / f"{name}.png": data for name, data in drawn.items()}
+    for path, data in made.items():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)

@@ -1,19 +1,16 @@
-"""What came out: records of migrations, and the file that holds them, one line of JSON each.
-
-A file begins with the plan. A record is written whole when its migration is over, so a run that ended early
-goes on behind its last record (``--resume``).
-"""
+"""What came out of migrations: their records, and the file that holds them (journal.py)."""
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from coordinator.contract.errors import ConfigError
+from coordinator.lab.journal import Journal
 from coordinator.lab.plan import Experiment, Plan
 
 
@@ -73,82 +70,38 @@ class Begin(msgspec.Struct, frozen=True, kw_only=True, tag="plan"):
     version: int = 1
 
 
-Record = Begin | Shares | Migration
-_decoder = msgspec.json.Decoder(Record)
+Record = Shares | Migration
 
 
-class Results:
-    """All records of a run, in memory and in a file if there is one."""
+class Results(Journal[Record]):
+    """All records of a run of migrations."""
+
+    begin = Begin
+    decoder = msgspec.json.Decoder(Begin | Shares | Migration)
+    plan: Plan
 
     def __init__(self, plan: Plan, path: Path | None = None, resume: bool = False) -> None:
-        """ConfigError where the file cannot be used, is of another plan, or is there already and is not to be
-        gone on with."""
-        self.plan = plan
-        self.path = path
         self.migrations: list[Migration] = []
         self.shares: dict[str, Shares] = {}
-        self._file = None
-        if path is None:
-            return
-        try:
-            if path.exists() and path.stat().st_size:
-                if not resume:
-                    raise ConfigError(f"{path}: is there already; --resume goes on with it")
-                self._resume(path)
-            self._file = path.open("ab", buffering=0)
-            if not path.stat().st_size:
-                self._append(Begin(plan=plan))
-        except OSError as error:
-            raise ConfigError(f"{path}: {error.strerror}") from None
-
-    def _resume(self, path: Path) -> None:
-        records, whole = read(path)
-        if not records or not isinstance(records[0], Begin):
-            raise ConfigError(f"{path}: does not begin with a plan")
-        if records[0].plan != self.plan:
-            raise ConfigError(f"{path}: is of another plan than the one asked for now")
-        for record in records:
-            self._keep(record)
-        os.truncate(path, whole)
+        super().__init__(plan, path, resume)
 
     @property
     def done(self) -> Counter[str]:
         return Counter(migration.experiment for migration in self.migrations)
 
-    def _keep(self, record: Record) -> None:
+    def keep(self, record: Record) -> None:
         if isinstance(record, Migration):
             self.migrations.append(record)
-        elif isinstance(record, Shares):
+        else:
             self.shares[record.experiment] = record
-
-    def _append(self, record: Record) -> None:
-        if self._file is not None:
-            self._file.write(msgspec.json.encode(record) + b"\n")
-
-    def add(self, record: Record) -> None:
-        self._keep(record)
-        self._append(record)
 
     def of(self, experiment: str) -> list[Migration]:
         return [migration for migration in self.migrations if migration.experiment == experiment]
 
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
 
-
-def read(path: Path) -> tuple[list[Record], int]:
-    """Records of a file, and how many bytes of it are whole lines: the last one may have been cut off.
-    ConfigError names a line that is no record."""
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    records = []
-    for number, line in enumerate(data[:whole].splitlines(), 1):
-        try:
-            records.append(_decoder.decode(line))
-        except msgspec.MsgspecError as error:
-            raise ConfigError(f"{path}, line {number}: {error}") from None
-    return records, whole
+def read(path: Path) -> tuple[list[Any], int]:
+    """See Journal.read."""
+    return Results.read(path)
 
 
 def gathered(paths: Iterable[Path]) -> Results:

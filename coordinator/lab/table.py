@@ -71,19 +71,18 @@ def text(summaries: Sequence[Summary]) -> str:
     """A block for each table: one line a figure, one column an experiment."""
     if not summaries:
         return "no migration yet"
+    return laid_out([rows(summaries), [("phase met", [""] * len(summaries)), *phases(summaries)]])
+
+
+def laid_out(tables: Sequence[Sequence[tuple[str, Sequence[str]]]]) -> str:
+    """Tables of headings and cells for a terminal, a blank line between them."""
     blocks = []
-    for table in (rows(summaries), [("phase met", [""] * len(summaries)), *phases(summaries)]):
-        widths = [max(len(row[1][i]) for row in table) for i in range(len(summaries))]
-        head = max(len(row[0]) for row in table)
-        blocks.append(
-            "\n".join(
-                "  ".join(
-                    [
-                        heading.ljust(head),
-                        *(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)),
-                    ]
-                ).rstrip()
-                for heading, cells in table
-            )
+    for table in tables:
+        widths = [max(map(len, cells)) for cells in zip(*(cells for _, cells in table), strict=True)]
+        head = max(len(heading) for heading, _ in table)
+        lines = (
+            [heading.ljust(head), *(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))]
+            for heading, cells in table
         )
+        blocks.append("\n".join("  ".join(line).rstrip() for line in lines))
     return "\n\n".join(blocks)

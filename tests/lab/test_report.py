@@ -14,6 +14,7 @@ from coordinator.contract.errors import ConfigError
 from coordinator.lab import plots, report, table
 from coordinator.lab.progress import Progress
 from coordinator.lab.results import Results
+from coordinator.lab.run import described
 from coordinator.lab.statistics import summaries
 from tests.lab.results import PLAN, migration, results
 
@@ -97,7 +98,7 @@ def test_progress_tells_what_is_left() -> None:
     stream = Terminal()
     progress = Progress(stream, of=3)
     for index in range(3):
-        progress.migrated(migration(index=index))
+        progress.step(described(migration(index=index)))
     progress.end()
     last = stream.getvalue().split("\r")[-1]
     assert last.startswith("3/3  carry 3: idle, unnoticed") and re.search(r"\(0:00:00 left\)\s*\n$", last)

@@ -6,6 +6,7 @@
  *   lab.gap_ms=N      report gaps of the clock from here on
  *   lab.fill=MIB      memory that is filled once
  *   lab.dirty=MIB     memory that is written again and again, at lab.dirty_rate=MIB a second
+ *   lab.beside=PATH   another program that is started beside this one
  * Lines for the host:
  *   @ready TSC BYTES            the CD is there; reading begins
  *   @read TSC COUNT             COUNT reads have completed since the last such line, the last one at TSC; said
@@ -18,68 +19,26 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
-#include <sys/mount.h>
-#include <sys/stat.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "dirty.h"
 #include "report.h"
 #include "sha256.h"
+#include "start.h"
 #include "watch.h"
 
 typedef unsigned long long u64;
 
 enum { READ_BYTES = 64 << 10, SAY_NS = 5000000 };
 
-static char command_line[4096];
-
-/* The value of a word of the command line, or what stands in for it. */
-static const char *word(const char *name, const char *otherwise)
-{
-    static char values[16][128];
-    static unsigned used;
-    size_t length = strlen(name);
-    for (const char *at = command_line; (at = strstr(at, name)) != NULL; at += length)
-        if (at[length] == '=' && used < 16) {
-            sscanf(at + length + 1, "%127s", values[used]);
-            return values[used++];
-        }
-    return otherwise;
-}
-
-static unsigned number(const char *name, unsigned otherwise)
-{
-    const char *text = word(name, NULL);
-    return text == NULL ? otherwise : (unsigned)strtoul(text, NULL, 10);
-}
-
-static void load_modules(void)
-{
-    FILE *order = fopen("/modules/order", "r");
-    char name[64], path[96];
-    if (order == NULL)
-        give_up("/modules/order");
-    while (fscanf(order, "%63s", name) == 1) {
-        snprintf(path, sizeof path, "/modules/%s.ko", name);
-        int fd = open(path, O_RDONLY | O_CLOEXEC);
-        if (fd < 0 || (syscall(SYS_finit_module, fd, "", 0) != 0 && errno != EEXIST))
-            give_up(path);
-        close(fd);
-    }
-    fclose(order);
-}
-
 static int open_cd(off_t *bytes)
 {
-    for (int tries = 0; tries < 3000; tries++) { /* libata probes its ports in the background */
-        int fd = open("/dev/sr0", O_RDONLY | O_DIRECT | O_CLOEXEC);
-        if (fd >= 0 && (*bytes = lseek(fd, 0, SEEK_END)) > 0)
+    for (int tries = 0; tries < 100; tries++) {
+        int fd = open_soon("/dev/sr0", O_RDONLY | O_DIRECT);
+        if ((*bytes = lseek(fd, 0, SEEK_END)) > 0)
             return fd;
-        if (fd >= 0)
-            close(fd);
+        close(fd);
         usleep(10000);
     }
     give_up("/dev/sr0");
@@ -133,16 +92,9 @@ static void read_for_ever(int fd, off_t bytes, const char *expected)
 
 int main(void)
 {
-    mount("dev", "/dev", "devtmpfs", 0, NULL);
-    mount("proc", "/proc", "proc", 0, NULL);
-    mount("sys", "/sys", "sysfs", 0, NULL);
-    int fd = open("/proc/cmdline", O_RDONLY | O_CLOEXEC);
-    if (fd < 0 || read(fd, command_line, sizeof command_line - 1) < 0)
-        give_up("/proc/cmdline");
-    close(fd);
-    load_modules();
+    begin();
     off_t bytes;
-    fd = open_cd(&bytes);
+    int fd = open_cd(&bytes);
     if (number("lab.timeout", 0))
         set_timeout(number("lab.timeout", 0));
     watch_kernel();
@@ -151,6 +103,9 @@ int main(void)
         fill_memory(number("lab.fill", 0));
     if (number("lab.dirty", 0))
         dirty_memory(number("lab.dirty", 0), number("lab.dirty_rate", 1));
+    const char *beside = word("lab.beside", NULL);
+    if (beside != NULL)
+        start_beside(beside);
     report("@ready %llu %lld", (u64)tsc(), (long long)bytes);
     read_for_ever(fd, bytes, word("lab.sha256", ""));
 }

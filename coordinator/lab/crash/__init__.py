@@ -1,0 +1,1 @@
+"""Islands killed by the hundred while the guest reads and writes: ``atoll lab crash``."""
