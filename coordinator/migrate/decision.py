@@ -73,6 +73,12 @@ def read(path: Path) -> Decision:
     return found
 
 
+def seen(place: str | Path) -> bool:
+    """Whether there is a record of a release, as far as can be told."""
+    found = _look(Path(place))
+    return found is not None and found.verdict == "released"
+
+
 def forget(transfer: str) -> None:
     """The target runs and knows it: nobody will ask any more."""
     with contextlib.suppress(OSError):

@@ -19,7 +19,7 @@ _PHASES = ("negotiate", "aim", "drain", "stop", "flush", "settle", "send", "veri
 _TARGET = tuple(f"target.{step}" for step in ("negotiate", "receive", "load", "verify", "resume"))
 POINTS = (*_PHASES, "quiesce", *(f"{phase}.done" for phase in _PHASES), *_TARGET)
 #: points at which something is said that can be lost or come twice
-SAYING = ("negotiate", "verify", "resume", "target.accept", "target.verify", "target.resume")
+SAYING = ("negotiate", "send", "verify", "resume", "target.accept", "target.verify", "target.resume")
 
 
 @dataclass(frozen=True)

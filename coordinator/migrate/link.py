@@ -147,10 +147,21 @@ class Dialer:
         for task in (*self._tasks, self._nobody):
             task.cancel()
         await asyncio.gather(*self._tasks, self._nobody, return_exceptions=True)
+        self._hang_up(linger_ms)
+        await asyncio.to_thread(self._context.term)
+
+    def drop(self) -> None:
+        """At once; after ``close`` it does nothing. A context whose sockets are open would hold up the end of
+        this process."""
+        if not self._socket.closed:
+            for task in (*self._tasks, self._nobody):
+                task.cancel()
+            self._hang_up(0)
+
+    def _hang_up(self, linger_ms: int) -> None:
         self._socket.disable_monitor()
         self._monitor.close(0)
         self._socket.close(linger_ms)
-        await asyncio.to_thread(self._context.term)
 
 
 class Listener:

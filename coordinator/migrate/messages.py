@@ -1,8 +1,8 @@
 """What source and target of a migration say to each other over the control channel.
 
 One transfer has one ``transfer`` id and one ``epoch``; what comes with another is stale and dropped. A
-message may be lost or come twice, so the source repeats what it wants an answer to (Offer, State, Released),
-and the target answers again what it has answered before. Parts are those of stream.py.
+message may be lost or come twice, so the source repeats what it wants an answer to (Offer; State with
+Complete; Released), and the target answers again what it has answered before. Parts are those of stream.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import msgspec
 from coordinator.contract.codec import Codec
 
 #: raised with every change here
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 class Said(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -54,12 +54,17 @@ class Leases(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class State(Said, frozen=True, tag="state"):
-    """``state`` is a part; ``normal`` and ``zero`` count the pages that all connections have brought."""
+    """``state`` is a part. It comes while memory does, and can be loaded meanwhile."""
 
     state: bytes
+    leases: Leases | None = None
+
+
+class Complete(Said, frozen=True, tag="complete"):
+    """Memory has been sent; ``normal`` and ``zero`` count the pages that all connections have brought."""
+
     normal: int
     zero: int
-    leases: Leases | None = None
 
 
 class Released(Said, frozen=True, tag="released"):
@@ -87,6 +92,12 @@ class Accepted(Said, frozen=True, tag="accepted"):
     path: str
 
 
+class TurnedAway(Said, frozen=True, tag="turned-away"):
+    """A data connection was closed at the door, by whomever it was made. ``reason`` is one line."""
+
+    reason: str
+
+
 class Refused(Said, frozen=True, tag="refused"):
     """The target cannot take this machine. ``reason`` is one line."""
 
@@ -94,7 +105,7 @@ class Refused(Said, frozen=True, tag="refused"):
 
 
 class Verified(Said, frozen=True, tag="verified"):
-    """All is there and fits; counts as in State. The target does nothing more before Released or Abort."""
+    """All is there and fits; counts as in Complete. The target does nothing more before Released or Abort."""
 
     normal: int
     zero: int
@@ -106,8 +117,8 @@ class Running(Said, frozen=True, tag="running"):
     epoch: int
 
 
-AnyOfSource = Offer | State | Released | Heard | Abort
-AnyOfTarget = Accepted | Refused | Verified | Running
+AnyOfSource = Offer | State | Complete | Released | Heard | Abort
+AnyOfTarget = Accepted | TurnedAway | Refused | Verified | Running
 
 of_source: Codec[AnyOfSource] = Codec(AnyOfSource)
 of_target: Codec[AnyOfTarget] = Codec(AnyOfTarget)

@@ -13,12 +13,13 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import zstandard
 
 from coordinator.contract.errors import MigrationError
+from coordinator.migrate.ram import Counts
 
 #: of a piece before it is packed, and of the pipe, bytes
 PIECE = 1 << 20
@@ -43,22 +44,34 @@ class Wire:
         return not self.level and not self.tls
 
 
-def send(sock: socket.socket, wire: Wire, job: Job) -> None:
+@dataclass
+class Tally:
+    """Bytes that one connection has carried, where it is not plain; without what TLS adds."""
+
+    bytes: int = 0
+
+
+def on_the_wire(wire: Wire, counts: Counts, tallies: Iterable[Tally]) -> Counts:
+    """What C has counted before it was packed, with the bytes as they travel."""
+    return counts if wire.plain else replace(counts, bytes=sum(tally.bytes for tally in tallies))
+
+
+def send(sock: socket.socket, wire: Wire, tally: Tally, job: Job) -> None:
     """Let ``job`` write to a descriptor; what it writes goes out. In a thread: it blocks."""
     if wire.plain:
         job(sock.fileno())
         return
     read_end, write_end = _pipe()
-    _side_by_side(sock, job, write_end, lambda: _pack(read_end, sock, wire), read_end)
+    _side_by_side(sock, job, write_end, lambda: _pack(read_end, sock, wire, tally), read_end)
 
 
-def receive(sock: socket.socket, wire: Wire, job: Job) -> None:
+def receive(sock: socket.socket, wire: Wire, tally: Tally, job: Job) -> None:
     """Let ``job`` read what comes in from a descriptor, to its end. In a thread: it blocks."""
     if wire.plain:
         job(sock.fileno())
         return
     read_end, write_end = _pipe()
-    _side_by_side(sock, job, read_end, lambda: _unpack(sock, write_end, wire), write_end)
+    _side_by_side(sock, job, read_end, lambda: _unpack(sock, write_end, wire, tally), write_end)
 
 
 def _pipe() -> tuple[int, int]:
@@ -97,7 +110,7 @@ def _side_by_side(
             raise failures[0] from None
 
 
-def _pack(source: int, sock: socket.socket, wire: Wire) -> None:
+def _pack(source: int, sock: socket.socket, wire: Wire, tally: Tally) -> None:
     """From the pipe to the connection, up to the pipe's end."""
     compressor = zstandard.ZstdCompressor(level=wire.level) if wire.level else None
     buffer = memoryview(bytearray(PIECE))
@@ -106,6 +119,7 @@ def _pack(source: int, sock: socket.socket, wire: Wire) -> None:
             piece = compressor.compress(buffer[:n]) if compressor else buffer[:n]
             sock.sendall(_LENGTH.pack(len(piece)))
             sock.sendall(piece)
+            tally.bytes += _LENGTH.size + len(piece)
         sock.sendall(_LENGTH.pack(0))
     except OSError as error:
         raise _broken(error) from None
@@ -119,7 +133,7 @@ def _fill(source: int, buffer: memoryview) -> int:
     return done
 
 
-def _unpack(sock: socket.socket, target: int, wire: Wire) -> None:
+def _unpack(sock: socket.socket, target: int, wire: Wire, tally: Tally) -> None:
     """From the connection to the pipe, up to the connection's end mark."""
     decompressor = zstandard.ZstdDecompressor() if wire.level else None
     buffer = memoryview(bytearray(LONGEST))
@@ -131,6 +145,7 @@ def _unpack(sock: socket.socket, target: int, wire: Wire) -> None:
             if length > LONGEST:
                 raise MigrationError(f"guest memory: a piece of {length} bytes was announced")
             piece = _take(sock, buffer, length)
+            tally.bytes += _LENGTH.size + length
             if decompressor is not None:
                 piece = _inflate(decompressor, piece)
             while piece:

@@ -13,10 +13,10 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from io import FileIO
-from typing import Any
+from typing import Any, TypeVar
 
 from coordinator.contract import messages as island
 from coordinator.contract.config import Drive
@@ -30,6 +30,8 @@ from coordinator.migrate.stream import Part
 
 #: a tag is as long as QEMU's at most, bytes
 LONGEST_TAG = 255
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -356,9 +358,9 @@ async def _blockd(
             await asyncio.gather(answer, return_exceptions=True)
 
 
-async def _in_thread(job: Any, sock: socket.socket) -> Any:
+async def _in_thread(job: Callable[[], T], sock: socket.socket) -> T:
     """What a job that reads from blockd gives; it has ended when this has."""
-    found: list[Any] = []
+    found: list[T] = []
     await channel.side_by_side([lambda: found.append(job())], lambda: channel.cut([sock]))
     return found[0]
 

@@ -12,11 +12,9 @@ import contextlib
 import itertools
 import logging
 import secrets
-import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 from coordinator.contract import messages as island
 from coordinator.contract.errors import AtollError, MigrationError
@@ -25,9 +23,9 @@ from coordinator.machine import Frozen, Vm
 from coordinator.migrate import channel, decision, describe, messages, pump, ram, stream
 from coordinator.migrate.aim import Aim, caught
 from coordinator.migrate.capture import MachineState, capture
+from coordinator.migrate.conversation import Conversation
 from coordinator.migrate.disks import SourceDisks
 from coordinator.migrate.faults import Fault
-from coordinator.migrate.link import Dialer
 from coordinator.migrate.parameters import Parameters
 from coordinator.migrate.pump import Wire
 from coordinator.migrate.status import Status
@@ -36,22 +34,9 @@ from coordinator.migrate.uri import Uri
 
 #: how long the target may take to answer an offer, seconds: it compares, and reads samples of its media
 ANSWER_SECONDS = 30.0
-#: how often a target that has not answered is told again that it may run, and for how long one that was
-#: given up is told to end, seconds
-REMIND_SECONDS, FAREWELL_SECONDS = 0.5, 10.0
-
-
-#: how long a target that has closed its connections may take to say why, and the last word to leave
-REASON_SECONDS, LAST_WORD_MS = 0.3, 300
-
+#: how long a machine that ends in the moment of release waits to know whether it was released, seconds
+DECIDE_SECONDS = 5.0
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-S = TypeVar("S", bound=messages.Said)
-
-
-def _nothing() -> None:
-    pass
 
 
 class Source:
@@ -66,16 +51,13 @@ class Source:
         self._fault = Fault.parse(parameters.x_fault)
         self._undo = contextlib.AsyncExitStack()
         self._hold = contextlib.AsyncExitStack()
-        self._link: Dialer | None = None
-        self._socks: list[socket.socket] = []
-        self._lost: asyncio.Task[None] | None = None
+        self._talk: Conversation | None = None
         self._frozen: Frozen | None = None
         self._sender: ram.Sender | None = None
-        self._state: MachineState | None = None
+        self._captured: MachineState | None = None
+        self._state: messages.State | None = None
         self._disks = SourceDisks(vm, self.transfer)
-        #: the target has said that it cannot
-        self._refused = False
-        #: and that the guest is there
+        #: the target has said that the guest is there
         self._answered = False
         #: what a target that does not get the guest is told
         self._why = ""
@@ -113,15 +95,16 @@ class Source:
         return channel.Tls(client_context(folder, name), name) if folder else None
 
     def _cut(self) -> None:
-        channel.cut(self._socks)
+        if self._talk is not None:
+            self._talk.cut()
 
     # ---- phases ----------------------------------------------------------------------------------
     async def negotiate(self) -> None:
         """Machine, CPU features, media: every difference is named before a byte of memory moves."""
         await self._disks.check(self.parameters.unleased_disks == "allow")
-        self._link = Dialer(self.uri, self.transfer)
+        talk = self._talk = Conversation(self.uri, self.transfer, lambda point: self._fault.copies(point))
         self._undo.push_async_callback(self._farewell)
-        await self._link.connect()
+        await talk.connect()
         description = await describe.describe(self.vm)
         assert self.vm.segment is not None
         runs = tuple(itertools.islice(ram.data_runs(self.vm.segment), ram.MOST_RUNS))
@@ -140,22 +123,13 @@ class Source:
         self._undo.callback(ahead.cancel)
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
-                answer = await self._ask("negotiate", offer, messages.Accepted)
+                answer = await talk.ask("negotiate", offer, messages.Accepted)
                 if not offer.stands:
                     await ahead
         except TimeoutError:
             raise MigrationError(f"{self.uri}: nobody answers") from None
-        self._socks = await channel.connect(
-            self.uri,
-            answer.port,
-            answer.path,
-            answer.token,
-            self.parameters.multifd_channels,
-            self._tls(),
-        )
-        self._undo.callback(channel.close, self._socks)
-        self._lost = asyncio.ensure_future(channel.gone(self._socks[0]))
-        self._undo.callback(self._lost.cancel)
+        self._undo.callback(talk.hang_up)
+        await talk.connect_data(answer, offer.channels, self._tls())
         self.status.set_up()
         self.status.move("active")
 
@@ -164,7 +138,7 @@ class Source:
         aim = Aim.parse(self.parameters.x_aim)
         if aim is not None and self.vm.state == "running":
             catch = self._undo.enter_async_context(caught(self.vm, aim))
-            self.status.aimed = await self._unless_lost(catch)
+            self.status.aimed = await self._talking.unless_lost(catch)
 
     async def drain(self) -> None:
         """Where a drive's policy asks for it the guest runs on until no command of it is half-way, up to the
@@ -172,7 +146,7 @@ class Source:
         self._undo.push_async_callback(self._end_drain)
         for host in self.vm.hosts:
             command = island.DrainDrives(serial=self.vm.next_serial())
-            result = await self._unless_lost(self.vm.command(host, command))
+            result = await self._talking.unless_lost(self.vm.command(host, command))
             if result["drives"]:
                 self.status.drains.append(result)
 
@@ -206,39 +180,44 @@ class Source:
         """The state of all but memory. Interrupts that are posted and not taken travel as they are, so
         nothing moves here."""
         assert self._frozen is not None
-        self._state = await capture(self.vm, self._frozen.runstate, self._frozen.stopped_at_ns)
-        self.status.drives = list(self._state.drives)
+        self._captured = await capture(self.vm, self._frozen.runstate, self._frozen.stopped_at_ns)
+        self.status.drives = list(self._captured.drives)
 
     async def send(self) -> None:
-        """Guest memory, by all connections side by side."""
+        """The state, which the target loads meanwhile, and guest memory, by all connections side by side."""
         assert self.vm.segment is not None
         self.status.move("device")
+        self._state = messages.State(
+            transfer=self.transfer,
+            state=stream.encode(Part.STATE, self._captured),
+            leases=self._disks.leases,
+        )
+        await self._talking.tell(self._state, "send")
         sender = self._sender = ram.Sender(self.vm.segment)
-        self.status.pages, self.status.counts = sender.total, lambda: sender.counts
+        wire = Wire(self.parameters.zstd_level, bool(self.parameters.tls_creds))
+        talk, peer = self._talking, str(self.uri)
+        tallies = [pump.Tally() for _ in talk.socks]
+        self.status.pages = sender.total
+        self.status.counts = lambda: pump.on_the_wire(wire, sender.counts, tallies)
         self.status.passed()
 
         def abandon() -> None:
             sender.cancelled = True
             self._cut()
 
-        wire = Wire(self.parameters.zstd_level, bool(self.parameters.tls_creds))
-        peer = str(self.uri)
-        jobs = [partial(pump.send, sock, wire, lambda fd: sender.run(fd, peer)) for sock in self._socks]
-        await self._unless_lost(channel.side_by_side(jobs, abandon))
+        jobs = [
+            partial(pump.send, sock, wire, tally, lambda fd: sender.run(fd, peer))
+            for sock, tally in zip(talk.socks, tallies, strict=True)
+        ]
+        await talk.unless_lost(channel.side_by_side(jobs, abandon))
 
     async def verify(self) -> None:
-        """The state; then the target has everything, and can use it."""
-        assert self._sender is not None
-        counts = self._sender.counts
-        state = messages.State(
-            transfer=self.transfer,
-            state=stream.encode(Part.STATE, self._state),
-            normal=counts.normal,
-            zero=counts.zero,
-            leases=self._disks.leases,
-        )
-        answer = await self._unless_lost(self._ask("verify", state, messages.Verified))
+        """The target says that it has everything, and can use it."""
+        assert self._sender is not None and self._state is not None
         sent = self._sender.counts
+        question = messages.Complete(transfer=self.transfer, normal=sent.normal, zero=sent.zero)
+        ask = self._talking.ask("verify", question, messages.Verified, before_again=self._state)
+        answer = await self._talking.unless_lost(ask)
         if (answer.normal, answer.zero) != (sent.normal, sent.zero):
             came, went = answer.normal + answer.zero, sent.normal + sent.zero
             raise MigrationError(f"{self.uri}: says that {came} pages have come, {went} were sent")
@@ -249,10 +228,15 @@ class Source:
         assert self._frozen is not None
         await asyncio.sleep(0)  # the last moment for a cancel
         self.committed, self._frozen.after = True, "postmigrate"
+        deciding = asyncio.ensure_future(self._decide())
         try:
-            await asyncio.shield(self._decide())
+            await asyncio.shield(deciding)
         except MigrationError:
             self.committed, self._frozen.after = False, None
+            raise
+        except asyncio.CancelledError:  # the machine ends; how that went is known in a moment, and then said
+            await asyncio.wait({deciding}, timeout=DECIDE_SECONDS)
+            self.committed = not deciding.done() or deciding.exception() is None
             raise
         await self._hold.aclose()
 
@@ -270,102 +254,51 @@ class Source:
         """The target may run: said until it answers. It may be long in coming, or at another address
         (``redirect``)."""
         message = messages.Released(transfer=self.transfer, epoch=self.epoch)
-        await self._ask("resume", message, messages.Running, lambda: self.status.move("postcopy-paused"))
+        talk = self._talking
+        await talk.ask("resume", message, messages.Running, lambda: self.status.move("postcopy-paused"))
         self._answered = True
         self.status.resumed()
-        await self._tell(messages.Heard(transfer=self.transfer))
+        await talk.tell(messages.Heard(transfer=self.transfer))
         if self._disks.leases is None:
             decision.forget(self.transfer)
 
     # ---- talking ---------------------------------------------------------------------------------
-    async def _tell(self, message: messages.AnyOfSource) -> None:
-        assert self._link is not None
-        await self._link.send(message)
-
-    async def _ask(
-        self, phase: str, question: messages.AnyOfSource, kind: type[S], silent: Callable[[], None] = _nothing
-    ) -> S:
-        """The answer of this kind. The question is repeated, since either may be lost on the way; ``silent``
-        is called when it has to be."""
-        answer = asyncio.ensure_future(self._hear(kind))
-        copies = self._fault.copies(phase)
-        try:
-            while True:
-                for _ in range(copies):
-                    await self._tell(question)
-                copies = 1
-                await asyncio.wait({answer}, timeout=REMIND_SECONDS)
-                if answer.done():
-                    return answer.result()
-                silent()
-        finally:
-            answer.cancel()
-
-    async def _hear(self, kind: type[S]) -> S:
-        """The next answer of this kind; MigrationError when the target refuses."""
-        assert self._link is not None
-        while True:
-            answer = await self._link.receive()
-            if isinstance(answer, messages.Refused):
-                self._refused = True
-                raise MigrationError(f"{self.uri}: {answer.reason}")
-            if isinstance(answer, kind):
-                return answer
-
-    async def _unless_lost(self, work: Awaitable[T]) -> T:
-        """What the work gives; MigrationError when the target closes its connections first, with the reason
-        that it gave, if it did."""
-        assert self._lost is not None
-        task = asyncio.ensure_future(work)
-        failure = MigrationError(f"{self.uri}: the target is gone")
-        try:
-            await asyncio.wait({task, self._lost}, return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                return task.result()
-        except MigrationError as error:
-            failure = error
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-        if not self._refused:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(REASON_SECONDS):
-                    await self._hear(messages.Refused)
-        raise failure
+    @property
+    def _talking(self) -> Conversation:
+        assert self._talk is not None
+        return self._talk
 
     async def redirect(self, uri: Uri) -> None:
         """The target listens somewhere else now (migrate with resume)."""
-        assert self._link is not None
-        await self._link.redirect(uri)
+        await self._talking.redirect(uri)
         self.uri = uri
 
     async def _farewell(self) -> None:
         """Done with the target; one that is not to have the guest is told so, and again in the background, as
         it may be out of reach."""
-        assert self._link is not None
-        link, self._link = self._link, None
-        if self.committed and not (self._answered or self._refused):
-            place = self._disks.decision or decision.place(self.transfer)
-            log.warning("the guest was released to %s, which has not answered", self.uri)
-            log.warning("say there: migrate-recover file:%s", place)
-        if self.committed or not link.met:
-            await link.close(LAST_WORD_MS if link.met else 0)
+        talk = self._talking
+        if self.committed and not (self._answered or talk.refused):
+            self._leave_word()
+        if self.committed or not talk.met:
+            await talk.close()
             return
         why = "its machine ends" if self.vm.ending.done() else self._why
         message = messages.Abort(transfer=self.transfer, reason=why)
-        await link.send(message)
+        await talk.tell(message)
         if self.vm.ending.done():
-            await link.close(LAST_WORD_MS)
+            await talk.close()
         else:
-            self.vm.spawn(self._repeat(link, message))
+            self.vm.spawn(talk.say_farewell(message))
 
-    async def _repeat(self, link: Dialer, message: messages.Abort) -> None:
-        try:
-            for _ in range(round(FAREWELL_SECONDS / REMIND_SECONDS)):
-                await asyncio.sleep(REMIND_SECONDS)
-                await link.send(message)
-        finally:
-            await link.close()
+    def _leave_word(self) -> None:
+        """What the user can do when the machine ends and the target has not said that it runs."""
+        place = self._disks.decision or decision.place(self.transfer)
+        if decision.seen(place):
+            log.warning("the guest was released to %s, which has not answered", self.uri)
+            log.warning("say there: atoll migrate --recover NAME file:%s", place)
+        else:
+            log.warning("the guest was about to be released to %s, and there is no record of it", self.uri)
+            log.warning("should %s appear, say there: atoll migrate --recover NAME file:%s", place, place)
 
 
 @dataclass(frozen=True)

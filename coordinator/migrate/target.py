@@ -22,6 +22,7 @@ from coordinator.machine import Vm
 from coordinator.migrate import channel, decision, describe, messages, pump, ram, stream
 from coordinator.migrate.capture import MachineState, TimeRecord, apply
 from coordinator.migrate.disks import TargetDisks
+from coordinator.migrate.door import Door
 from coordinator.migrate.faults import Fault
 from coordinator.migrate.link import Listener
 from coordinator.migrate.parameters import Parameters
@@ -37,6 +38,8 @@ LINGER_SECONDS = 120.0
 #: how often a source that has been accepted and does not come is looked for, and for how long it may be
 #: out of reach, seconds
 LOOK_SECONDS, GONE_SECONDS = 0.5, 3.0
+#: sources that are remembered as not welcome
+UNWELCOME = 64
 
 #: between attempts to take leases that the source has released, seconds
 GRANT_SECONDS = 1.0
@@ -44,15 +47,23 @@ GRANT_SECONDS = 1.0
 T = TypeVar("T")
 
 
+class NotWelcome(MigrationError):
+    """A source cannot come this way; nothing has happened, and another one may."""
+
+
 class Target:
     """One machine to come. ``uri`` is where the source finds us."""
 
     def __init__(self, vm: Vm, uri: Uri, parameters: Parameters, status: Status) -> None:
-        """MigrationError when nobody can listen there."""
+        """MigrationError when nobody can listen there, BlockError when the credentials are of no use."""
         self.vm, self.parameters, self.status = vm, parameters, status
         self._fault = Fault.parse(parameters.x_fault)
+        #: where the user gave credentials; the source must have a certificate, too
+        self._tls = channel.Tls(server_context(parameters.tls_creds)) if parameters.tls_creds else None
         self._link = Listener(uri)
         self._transfer, self._epoch = "", 0
+        #: transfers that could not come this way, and why, the last ones: what they still say is stale
+        self._unwelcome: dict[str, str] = {}
         self._inbox: asyncio.Queue[messages.AnyOfSource] = asyncio.Queue()
         self._socks: list[socket.socket] = []
         self._receiver: ram.Receiver | None = None
@@ -73,8 +84,15 @@ class Target:
         listening = asyncio.ensure_future(self._listen())
         self.vm.spawn(self._linger(listening))
         try:
-            offer = await self._negotiate()
-            await self._receive(offer)
+            while True:
+                try:
+                    offer = await self._negotiate()
+                    await self._receive(offer)
+                    break
+                except NotWelcome as error:
+                    log.warning("migration: a source was refused: %s", error)
+                    await self._refuse(_reason(error))
+                    self._wait_for_another(_reason(error))
             await self._resume(await self._released())
         except BaseException as error:
             await self._refuse(_reason(error))
@@ -93,6 +111,15 @@ class Target:
             await self._link.send(messages.Refused(transfer=self._transfer, reason=reason))
             await asyncio.sleep(0.05)  # to leave before we do
 
+    def _wait_for_another(self, why: str) -> None:
+        self._unwelcome[self._transfer] = why
+        if len(self._unwelcome) > UNWELCOME:
+            del self._unwelcome[next(iter(self._unwelcome))]
+        self._transfer, self._epoch, self._accepted = "", 0, None
+        self.status.transfer = ""
+        while not self._inbox.empty():
+            self._inbox.get_nowait()
+
     # ---- steps -----------------------------------------------------------------------------------
     async def _at(self, point: str) -> None:
         self.status.phase = point
@@ -103,32 +130,24 @@ class Target:
         offer = await self._next(messages.Offer)
         await self._at("negotiate")
         if offer.protocol != messages.PROTOCOL:
-            raise MigrationError(
-                f"the source speaks protocol {offer.protocol}, this build {messages.PROTOCOL}"
-            )
+            raise NotWelcome(f"the source speaks protocol {offer.protocol}, this build {messages.PROTOCOL}")
+        self._wire_fits(offer)
         where = "the source"
         theirs = stream.decode(offer.description, Part.DESCRIPTION, describe.Description, where)
         if differences := describe.differences(theirs, await describe.describe(self.vm)):
             raise MigrationError(f"{theirs.name}: does not fit the machine here: {'; '.join(differences)}")
-        self._wire_fits(offer)
         return offer
 
     def _wire_fits(self, offer: messages.Offer) -> None:
         if not 1 <= offer.channels <= 16:
-            raise MigrationError(f"{offer.channels} connections were offered; 1 to 16 are possible")
+            raise NotWelcome(f"{offer.channels} connections were offered; 1 to 16 are possible")
         if offer.compression not in ("none", "zstd"):
-            raise MigrationError(f"the source compresses by {offer.compression!r}; this build knows zstd")
-        if offer.tls != bool(self.parameters.tls_creds):
+            raise NotWelcome(f"the source compresses by {offer.compression!r}; this build knows zstd")
+        if offer.tls != (self._tls is not None):
             one, other = ("source", "target") if offer.tls else ("target", "source")
-            raise MigrationError(
+            raise NotWelcome(
                 f"the {one} wants TLS and the {other} has no tls-creds: set them on both sides"
             )
-
-    def _tls(self) -> channel.Tls | None:
-        """For being connected to, where the user gave credentials; the source must have a certificate, too.
-        """
-        folder = self.parameters.tls_creds
-        return channel.Tls(server_context(folder)) if folder else None
 
     async def _receive(self, offer: messages.Offer) -> None:
         """Memory straight into the segment, then the state into the islands."""
@@ -145,38 +164,65 @@ class Target:
 
     async def _take(self, offer: messages.Offer, segment: Segment) -> None:
         """Connections, memory, which is ready or becomes so meanwhile, then the state."""
-        door = channel.Door(self._link.uri, self.parameters.x_data_port)
+        door = Door(self._link.uri, self.parameters.x_data_port)
+        turned_away: list[str] = []
+        door.on_turned_away = lambda why: self._turned_away(turned_away, why)
         try:
             self._accepted = messages.Accepted(
                 transfer=self._transfer, token=door.token, port=door.port, path=door.path
             )
             for _ in range(self._fault.copies("target.accept")):
                 await self._link.send(self._accepted)
-            admission = door.admit(offer.channels, self._tls())
+            admission = door.admit(offer.channels, self._tls)
             self._socks = await self._unless_unreachable(self._unless_aborted(admission))
+        except MigrationError as error:
+            if turned_away:
+                raise NotWelcome(f"a data connection was turned away: {turned_away[-1]}") from error
+            raise
         finally:
             door.close()
         self.status.set_up()
         self.status.move("active")
         await self._at("receive")
         receiver = self._receiver = ram.Receiver(segment)
-        self.status.counts = lambda: receiver.counts
         wire = Wire(int(offer.compression == "zstd"), offer.tls)
+        tallies = [pump.Tally() for _ in self._socks]
+        self.status.counts = lambda: pump.on_the_wire(wire, receiver.counts, tallies)
         jobs = [
-            partial(pump.receive, s, wire, lambda fd: receiver.run(fd, "the source")) for s in self._socks
+            partial(pump.receive, sock, wire, tally, lambda fd: receiver.run(fd, "the source"))
+            for sock, tally in zip(self._socks, tallies, strict=True)
         ]
-        await self._unless_aborted(channel.side_by_side(jobs, lambda: channel.cut(self._socks)))
-        message = await self._unless_gone(self._next(messages.State))
-        await self._at("load")
+        words = asyncio.ensure_future(self._load())
+        try:
+            memory = channel.side_by_side(jobs, lambda: channel.cut(self._socks))
+            await self._unless_failed(memory, words)
+            complete = await self._unless_gone(words)
+        finally:
+            words.cancel()
+            await asyncio.gather(words, return_exceptions=True)
         counts = receiver.counts
-        if (message.normal, message.zero) != (counts.normal, counts.zero):
-            came, went = counts.normal + counts.zero, message.normal + message.zero
+        if (complete.normal, complete.zero) != (counts.normal, counts.zero):
+            came, went = counts.normal + counts.zero, complete.normal + complete.zero
             raise MigrationError(f"{came} pages have come, the source says {went}")
+
+    def _turned_away(self, so_far: list[str], why: str) -> None:
+        """The source is told, in case it was its connection."""
+        so_far.append(why)
+        self.vm.spawn(self._tell(messages.TurnedAway(transfer=self._transfer, reason=why)))
+
+    async def _tell(self, message: messages.Said) -> None:
+        await self._link.send(message)
+
+    async def _load(self) -> messages.Complete:
+        """The state into the islands, while memory comes; then the source's word on that."""
+        message = await self._next(messages.State)
+        await self._at("load")
         self._state = stream.decode(message.state, Part.STATE, MachineState, "the source")
         self._disks = TargetDisks(self.vm, self._transfer, message.leases)
         await self._disks.check()
         self._time = await apply(self.vm, self._state)
         self.status.drives = list(self._state.drives)
+        return await self._next(messages.Complete)
 
     async def _released(self) -> int:
         """Tell the source that all is here, and wait for its word. Returns its epoch."""
@@ -240,14 +286,16 @@ class Target:
         dropped."""
         while True:
             message = await self._link.receive()
-            if isinstance(message, messages.Offer) and not self._transfer:
+            if message.transfer in self._unwelcome:
+                if isinstance(message, messages.Offer):
+                    await self._refuse_other(message, self._unwelcome[message.transfer])
+            elif isinstance(message, messages.Offer) and not self._transfer:
                 self._transfer, self._epoch = message.transfer, message.epoch
                 self.status.transfer = message.transfer
                 self._inbox.put_nowait(message)
             elif message.transfer != self._transfer:
                 if isinstance(message, messages.Offer):
-                    busy = "another machine is coming here"
-                    await self._link.send(messages.Refused(transfer=message.transfer, reason=busy))
+                    await self._refuse_other(message, "another machine is coming here")
             elif isinstance(message, messages.Heard) and self._running is not None:
                 return
             elif answer := self._answered_before(message):
@@ -255,11 +303,14 @@ class Target:
             elif not isinstance(message, messages.Offer | messages.Heard):
                 self._inbox.put_nowait(message)
 
+    async def _refuse_other(self, offer: messages.Offer, why: str) -> None:
+        await self._link.send(messages.Refused(transfer=offer.transfer, reason=why))
+
     def _answered_before(self, message: messages.AnyOfSource) -> messages.AnyOfTarget | None:
         match message:
             case messages.Offer():
                 return self._accepted
-            case messages.State():
+            case messages.Complete():
                 return self._verified
             case messages.Released():
                 return self._running
@@ -302,6 +353,18 @@ class Target:
             word.cancel()
             task.cancel()
             await asyncio.gather(word, task, return_exceptions=True)
+
+    async def _unless_failed(self, work: Awaitable[T], other: asyncio.Task[Any]) -> T:
+        """What the work gives; the error of the other task when that fails first."""
+        task = asyncio.ensure_future(work)
+        try:
+            await first(task, other)
+            if not task.done():
+                other.result()
+            return await task
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
     async def _unless_unreachable(self, work: Coroutine[Any, Any, T]) -> T:
         """What the work gives; MigrationError when the source, which has no connection yet whose end could

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.migrate import decision, source, target
+from coordinator.migrate import conversation, decision, target
 from tests.migrate.quiet import World
 
 Run = Callable[[Callable[[World], Awaitable[None]]], None]
@@ -26,9 +26,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """Runs a test among machines without islands, in which nothing waits long; never two may run."""
     shutil.rmtree(decision.folder(), ignore_errors=True)  # of machines killed in other tests
-    monkeypatch.setattr(source, "REMIND_SECONDS", 0.03)
-    monkeypatch.setattr(source, "FAREWELL_SECONDS", 0.3)
-    monkeypatch.setattr(source, "REASON_SECONDS", 0.1)
+    monkeypatch.setattr(conversation, "REMIND_SECONDS", 0.03)
+    monkeypatch.setattr(conversation, "FAREWELL_SECONDS", 0.3)
+    monkeypatch.setattr(conversation, "REASON_SECONDS", 0.1)
     monkeypatch.setattr(target, "LOOK_SECONDS", 0.03)
     monkeypatch.setattr(target, "GONE_SECONDS", 0.3)
 

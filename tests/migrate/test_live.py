@@ -78,7 +78,7 @@ def test_target_is_killed(home: Path) -> None:
         text = a.quit()
         sequence(text)
         assert all(target.text == "" for target in targets)
-        assert "migrate-recover file:" in a.machine.errors()
+        assert "atoll migrate --recover NAME file:" in a.machine.errors()
 
 
 @pytest.mark.parametrize(

@@ -422,7 +422,8 @@ def test_junk_and_stale_messages_are_dropped(quiet: Run) -> None:
             messages.Abort(transfer="stranger", reason="stale"),
             messages.Released(transfer="stranger", epoch=1),
             messages.Heard(transfer="stranger"),
-            messages.State(transfer="stranger", state=b"", normal=0, zero=0),
+            messages.State(transfer="stranger", state=b""),
+            messages.Complete(transfer="stranger", normal=0, zero=0),
         ]
         for message in stale:
             await peer.socket.send(encode(message))
@@ -471,7 +472,7 @@ def test_an_unknown_key_gets_nothing(quiet: Run) -> None:
         peer = Peer(target.uri, "stranger", keys.Pair(*zmq.curve_keypair()))
         offer = messages.Offer(
             transfer="stranger",
-            protocol=1,
+            protocol=messages.PROTOCOL,
             epoch=1,
             description=b"",
             channels=1,
@@ -598,7 +599,7 @@ def test_a_source_that_dies_between_answer_and_connection(quiet: Run) -> None:
         peer = Peer(lonely.uri, "dying", keys.own())
         offer = messages.Offer(
             transfer="dying",
-            protocol=1,
+            protocol=messages.PROTOCOL,
             epoch=1,
             description=description,
             channels=1,

@@ -27,7 +27,7 @@ def received(*pieces: bytes) -> bytes:
         for piece in pieces:
             theirs.sendall(struct.pack("<I", len(piece)) + piece)
         theirs.sendall(struct.pack("<I", 0))
-        pump.receive(ours, Wire(level=1), job)
+        pump.receive(ours, Wire(level=1), pump.Tally(), job)
     return bytes(out)
 
 

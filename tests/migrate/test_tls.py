@@ -12,7 +12,7 @@ import pytest
 
 from coordinator.contract.errors import MigrationError
 from coordinator.contract.tls import client_context, server_context
-from coordinator.migrate import channel, pump
+from coordinator.migrate import channel, door, pump
 from coordinator.migrate.pump import Wire
 from coordinator.migrate.uri import Uri
 from tests.support.certificates import Certificates, make_certificates
@@ -29,13 +29,13 @@ async def connected(
     certificates: Certificates, folder: Path, name: str, count: int = 1
 ) -> tuple[Sequence[socket.socket], Sequence[socket.socket]]:
     """Both ends. The source has the credentials of ``folder`` and wants a target of this name."""
-    door = channel.Door(TCP)
+    entrance = door.Door(TCP)
     admission = asyncio.ensure_future(
-        door.admit(count, channel.Tls(server_context(str(certificates.server))))
+        entrance.admit(count, channel.Tls(server_context(str(certificates.server))))
     )
     try:
         tls = channel.Tls(client_context(str(folder), name), name)
-        ours = await channel.connect(TCP, door.port, door.path, door.token, count, tls)
+        ours = await channel.connect(TCP, entrance.port, entrance.path, entrance.token, count, tls)
         turned_away = asyncio.ensure_future(channel.gone(ours[0]))
         await asyncio.wait({admission, turned_away}, return_when=asyncio.FIRST_COMPLETED)
         turned_away.cancel()
@@ -46,7 +46,7 @@ async def connected(
     finally:
         admission.cancel()
         await asyncio.gather(admission, return_exceptions=True)
-        door.close()
+        entrance.close()
 
 
 @pytest.mark.parametrize("level", [0, 1])
@@ -66,13 +66,16 @@ def test_what_goes_in_comes_out(certificates: Certificates, level: int) -> None:
     async def test() -> None:
         ours, theirs = await connected(certificates, certificates.client, "localhost")
         wire = Wire(level, tls=True)
+        sent, got = pump.Tally(), pump.Tally()
         try:
             await asyncio.gather(
-                asyncio.to_thread(pump.send, ours[0], wire, put),
-                asyncio.to_thread(pump.receive, theirs[0], wire, take),
+                asyncio.to_thread(pump.send, ours[0], wire, sent, put),
+                asyncio.to_thread(pump.receive, theirs[0], wire, got, take),
             )
         finally:
             channel.close([*ours, *theirs])
+        assert sent.bytes == got.bytes > 3 << 20
+        assert (sent.bytes < len(data)) == bool(level)
 
     asyncio.run(test())
     assert came == data
