@@ -64,10 +64,11 @@ def open_qcow2(
     **how: Any,
 ) -> Qcow2Image:
     """A qcow2 image and the chain below it: see Qcow2Image."""
-    return Qcow2Image(file, read_only, chain, open_file, _open_below, **how)
+    return Qcow2Image(file, read_only, chain, open_file, open_below, **how)
 
 
-def _open_below(file: str, image_format: str | None, chain: Chain) -> Image:
+def open_below(file: str, image_format: str | None, chain: Chain) -> Image:
+    """A backing file, of whatever format."""
     return open_image(file, image_format, read_only=True, pad=True, chain=chain)
 
 

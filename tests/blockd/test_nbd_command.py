@@ -15,8 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from blockd.export_image import open_image
 from blockd.nbd import command
-from tests.blockd.conftest import make_image
+from coordinator.contract.config import Export
+from coordinator.contract.errors import BlockError
+from tests.blockd.conftest import Serve, make_image
 from tests.support.certificates import Certificates
 from tests.support.nbd_wire import WireClient
 from tests.support.tools import run_tool
@@ -307,7 +310,7 @@ def test_temporary_snapshot(start: Start, runtime: Path, tmp_path: Path) -> None
     assert Path(image).read_bytes() == before
 
 
-def test_internal_snapshots(start: Start, runtime: Path, tmp_path: Path) -> None:
+def test_internal_snapshots(start: Start, serve: Serve, runtime: Path, tmp_path: Path) -> None:
     """Beside qemu-nbd -l: the same bytes, in all spellings."""
     image = make_qcow2(tmp_path / "disk.qcow2")
     for number, name in enumerate(("one", "2"), start=2):
@@ -319,18 +322,23 @@ def test_internal_snapshots(start: Start, runtime: Path, tmp_path: Path) -> None
         [("one", 1), ("1", 1), ("2", 2), ("snapshot.id=2", 2), ("snapshot.name=one", 1),
          ("snapshot.id=1,snapshot.name=one", 1)]
     ):  # fmt: skip
-        path = str(runtime / str(number))
-        start("-t", "-l", wish, "-k", path, image)
+        if number:  # the same without the command
+            path = serve(Export("", image, "qcow2", load_snapshot=wish))
+        else:
+            path = str(runtime / "s")
+            start("-t", "-l", wish, "-k", path, image)
         told = run_tool("qemu-io", "-r", "-f", "raw", "-c", f"read -P {byte} 512k 512k", uri(path))
         assert "verification failed" not in told and "error" not in told
         assert "is_read_only: true" in run_tool("nbdinfo", uri(path))
         other = str(runtime / f"qemu{number}")
         run_tool("qemu-nbd", "-r", "-f", "qcow2", "-l", wish, "-k", other, "--fork", image)
         assert "identical" in run_tool("qemu-img", "compare", "-f", "raw", "-F", "raw", uri(path), uri(other))
-    for wish in ("3", "snapshot.id=1,snapshot.name=2", "snapshot.name=1"):
-        assert "there is no snapshot" in failure("-l", wish, "-k", str(runtime / "s"), image)
-    raw = make_image(tmp_path / "raw")
-    assert "no snapshots" in failure("-l", "1", "-f", "raw", "-k", str(runtime / "s"), raw)
+    assert "there is no snapshot" in failure("-l", "3", "-k", str(runtime / "t"), image)
+    for wish in ("snapshot.id=1,snapshot.name=2", "snapshot.name=1"):
+        with pytest.raises(BlockError, match="there is no snapshot"):
+            open_image(Export("", image, "qcow2", load_snapshot=wish))
+    with pytest.raises(BlockError, match="no snapshots"):
+        open_image(Export("", make_image(tmp_path / "raw"), load_snapshot="1"))
 
 
 def test_bitmap(start: Start, runtime: Path, tmp_path: Path) -> None:

@@ -17,11 +17,12 @@ import msgspec
 import pytest
 import zmq
 
+import blockd.main
 from blockd.raw import RawImage
 from coordinator.contract import messages
 from coordinator.contract.codec import encode
 from coordinator.contract.config import BlockdConfig, Export, Media, control_endpoint, nbd_socket
-from coordinator.contract.errors import BlockError
+from coordinator.contract.errors import BlockError, UsageError
 from coordinator.contract.island import router
 from devhost.block_client import BlockClient, Completion
 from tests.blockd.conftest import make_image
@@ -327,18 +328,15 @@ def test_standalone_at_tcp_with_tls(runtime: Path, tmp_path: Path, certificates:
 
 
 @pytest.mark.parametrize("place", ["x", "localhost:", "99999", "[::1]"])
-def test_standalone_and_a_place_that_is_none(tmp_path: Path, place: str) -> None:
-    process = standalone("--tcp", place, "--export", f"hd0={make_image(tmp_path / 'disk')}")
-    _, errors = process.communicate(timeout=SECONDS)
-    assert process.returncode == 2 and "[HOST:]PORT" in errors and errors.count("\n") == 1
+def test_standalone_and_a_place_that_is_none(capsys: pytest.CaptureFixture[str], place: str) -> None:
+    assert blockd.main.standalone(["--tcp", place, "--export", "hd0=disk"]) == 2
+    errors = capsys.readouterr().err
+    assert "[HOST:]PORT" in errors and errors.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     ("export", "status", "words"),
     [
-        ("hd0", 2, "is not of the form"),
-        ("hd0=DISK,ro=maybe", 2, "on or off"),
-        ("hd0=DISK,media=tape", 2, "disk or cdrom"),
         ("hd0=DISK,speed=high", 2, "unknown option"),
         ("hd0=DISK,format=vmdk", 1, "format 'vmdk' is unknown"),
         ("hd0=NONE", 1, "No such file"),
@@ -356,6 +354,20 @@ def test_standalone_errors_are_one_line(
     assert process.returncode == status
     assert errors.startswith("blockd: ") and errors.count("\n") == 1 and words in errors
     assert os.listdir(runtime) == []
+
+
+@pytest.mark.parametrize(
+    ("export", "words"),
+    [
+        ("hd0", "is not of the form"),
+        ("hd0=x,ro=maybe", "on or off"),
+        ("hd0=x,media=tape", "disk or cdrom"),
+        ("hd0=x,speed=high", "unknown option"),
+    ],
+)
+def test_exports_that_cannot_be_meant(export: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        blockd.main.parse_export(export)
 
 
 def check_socket_refused(path: str, tmp_path: Path, words: str) -> None:

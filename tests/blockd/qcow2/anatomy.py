@@ -31,6 +31,7 @@ class Anatomy:
         self._incompatible = self._u64(72) if self.version >= 3 else 0
         order = self._u32(96) if self.version >= 3 else 4
         self.parts: list[Part] = [Part("header", 0, self._header_end())]
+        self._known: set[Part] = set()
         table, clusters = self._u64(48), self._u32(56)
         self._add("refcount table", table, clusters << bits)
         for entry in self._table(table, (clusters << bits) // 8):
@@ -51,7 +52,9 @@ class Anatomy:
             yield self._u64(at + 8 * number)
 
     def _add(self, role: str, offset: int, length: int) -> None:
-        if offset and length and (part := Part(role, offset, length)) not in self.parts:
+        part = Part(role, offset, length)
+        if offset and length and part not in self._known:
+            self._known.add(part)
             self.parts.append(part)
 
     def _extensions(self) -> Iterator[tuple[int, int, int]]:

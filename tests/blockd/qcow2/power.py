@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from blockd.batch import Batch, Direct
 from blockd.hostfile import HostFile
+from blockd.opening import open_below
 from blockd.qcow2.image import Qcow2Image
 
 SECTOR = 512
@@ -107,7 +108,7 @@ class LoggedImage(Qcow2Image):
 
     def __init__(self, file: str, log: PowerLog) -> None:
         self._log = log
-        super().__init__(file, open_file=log.open)
+        super().__init__(file, open_file=log.open, open_below=open_below)
 
     def direct(self) -> Direct | None:
         inner = super().direct()
