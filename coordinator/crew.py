@@ -29,6 +29,7 @@ from coordinator.contract.config import (
     VcpuConfig,
     control_endpoint,
     export_of,
+    rehearsal_folder,
 )
 from coordinator.contract.errors import IslandError, MessageError
 from coordinator.contract.handout import path as handout_path
@@ -39,6 +40,7 @@ from coordinator.departure import end_islands
 from coordinator.handout import Handout
 from coordinator.islands import Island
 from coordinator.policy import Options
+from coordinator.standbys import Standbys
 from coordinator.succession import Succession
 
 log = logging.getLogger(__name__)
@@ -104,6 +106,7 @@ class Crew:
         self._doorbells: list[int] = []
         self._outputs: dict[str, Output] = {}
         self._handout: Handout | None = None
+        self.standbys = Standbys({"devhost": lambda: self._host(0)}, folder)
         #: islands are being ended
         self.leaving = False
 
@@ -130,6 +133,7 @@ class Crew:
     def ready(self) -> None:
         """What must be done before commands may come has been done."""
         self._started.set()
+        self.standbys.warm()
 
     async def started(self) -> None:
         """Return when every island is there, which commands to them need; IslandError if that never comes."""
@@ -143,54 +147,56 @@ class Crew:
             raise IslandError("the machine has ended")
 
     def _start_islands(self) -> None:
-        machine, folder, segment = self.machine, str(self.folder), self.segment
-        assert segment is not None
-        common: dict[str, Any] = {"vm": machine.name, "runtime": folder, "parent": os.getpid()}
-        common["sandbox"] = self.options.sandbox
+        machine = self.machine
         if self.options.sandbox:
-            self._handout = Handout(handout_path(folder), lambda: self.islands["blockd"].pid)
+            self._handout = Handout(handout_path(str(self.folder)), lambda: self.islands["blockd"].pid)
         for drive in machine.drives:
             self.allow(drive)
-        incoming = self.options.incoming is not None
-        exports = tuple(export_of(d, incoming) for d in machine.drives if d.file is not None)
-        self._island("blockd", "blockd.main", BlockdConfig, exports=exports, uuid=machine.uuid, **common)
+        os.mkdir(rehearsal_folder(str(self.folder)), 0o700)
+        self._start("blockd", *self._blockd())
         for i in range(len(self.hosts)):
-            self._start_host(i)
+            self._start(f"devhost{i}", *self._host(i))
         for i in range(machine.vcpus):
-            self._island(
-                f"vcpu{i}",
-                "vcpu.main",
-                VcpuConfig,
-                index=i,
-                segment_fd=segment.fd,
-                doorbell_fds=tuple(self._doorbells),
-                **common,
-            )
+            self._start(f"vcpu{i}", *self._vcpu(i))
 
-    def _island(self, role: str, module: str, config: type, **fields: Any) -> None:
-        log_file = Path(self._log_file).absolute() if self._log_file else self.folder / f"{role}.log"
-        self._hello[role] = asyncio.Event()
-        island = Island(role, module, config(log=str(log_file), **fields), log_file)
-        self.islands[role] = island
-        asyncio.get_running_loop().add_reader(island.pidfd, self._died, role)
+    # ---- what each is started with
+    @property
+    def _common(self) -> dict[str, Any]:
+        return {
+            "vm": self.machine.name, "runtime": str(self.folder), "parent": os.getpid(),
+            "sandbox": self.options.sandbox,
+        }  # fmt: skip
 
-    def _start_host(self, index: int, replaces: bool = False) -> None:
+    def _blockd(self) -> tuple[str, BlockdConfig]:
+        incoming = self.options.incoming is not None
+        exports = tuple(export_of(d, incoming) for d in self.machine.drives if d.file is not None)
+        return "blockd.main", BlockdConfig(exports=exports, uuid=self.machine.uuid, **self._common)
+
+    def _host(self, index: int, replaces: bool = False) -> tuple[str, DevhostConfig]:
         assert self.segment is not None
-        self._island(
-            f"devhost{index}",
-            "devhost.main",
-            DevhostConfig,
-            index=index,
-            machine=self.machine,
-            segment_fd=self.segment.fd,
-            doorbell_fd=self._doorbells[index],
-            replaces=replaces,
-            vm=self.machine.name,
-            runtime=str(self.folder),
-            parent=os.getpid(),
-            sandbox=self.options.sandbox,
-            commits=self.options.commits,
+        return "devhost.main", DevhostConfig(
+            index=index, machine=self.machine, segment_fd=self.segment.fd, doorbell_fd=self._doorbells[index],
+            replaces=replaces, commits=self.options.commits, **self._common,
+        )  # fmt: skip
+
+    def _vcpu(self, index: int) -> tuple[str, VcpuConfig]:
+        assert self.segment is not None
+        return "vcpu.main", VcpuConfig(
+            index=index, segment_fd=self.segment.fd, doorbell_fds=tuple(self._doorbells), **self._common
         )
+
+    def _start(self, role: str, module: str, config: Any) -> None:
+        log_file = self._log_of(role)
+        config = msgspec.structs.replace(config, log=str(log_file))
+        self._enlist(Island(role, module, config, log_file))
+
+    def _log_of(self, role: str) -> Path:
+        return Path(self._log_file).absolute() if self._log_file else self.folder / f"{role}.log"
+
+    def _enlist(self, island: Island) -> None:
+        self._hello[island.role] = asyncio.Event()
+        self.islands[island.role] = island
+        asyncio.get_running_loop().add_reader(island.pidfd, self._died, island.role)
 
     async def _wait_for_hellos(self) -> None:
         deadline = asyncio.get_running_loop().time() + START_SECONDS
@@ -342,8 +348,14 @@ class Crew:
         return self._started.is_set() and not self.leaving and not self.ending.done()
 
     async def start_successor(self, role: str) -> asyncio.Event:
-        """Another process in a device host's place; the event is its hello."""
-        self._start_host(int(role.removeprefix("devhost")), replaces=True)
+        """Another process in a device host's place, the standby where there is one; the event is its
+        hello."""
+        module, config = self._host(int(role.removeprefix("devhost")), replaces=True)
+        island = self.standbys.take(role, "devhost", config, self._log_of(role))
+        if island is not None:
+            self._enlist(island)
+        else:
+            self._start(role, module, config)
         return self._hello[role]
 
     async def mourn(self, role: str) -> None:
@@ -364,6 +376,7 @@ class Crew:
     async def close(self) -> None:
         """End every island in order and remove what the machine left; safe at any stage of start."""
         self.leaving = True
+        self.standbys.close()
         await end_islands(self)
         for task in list(self._tasks):
             task.cancel()

@@ -101,6 +101,7 @@ class Succession:
         blackout = time.monotonic() - began
         self.restarts[role] = self.restarts.get(role, 0) + 1
         cause = await asyncio.to_thread(dead[0].epitaph)
+        crew.standbys.warm()
         for island in dead:
             island.close()
         log.info("%s; replaced within %.1f ms", cause, blackout * 1000)

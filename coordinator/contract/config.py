@@ -155,6 +155,8 @@ class DevhostConfig(msgspec.Struct, frozen=True):
     log: str | None = None
     #: another process has been this host, and has died
     replaces: bool = False
+    #: where a standby waits for its order, see standby.py
+    order_fds: tuple[int, ...] = ()
     #: False: nothing is committed, for measurements; nobody can take over then
     commits: bool = True
     #: for experiments: where to die, see devhost/faults.py
@@ -244,6 +246,13 @@ class BlockdConfig(msgspec.Struct, frozen=True):
     sandbox: bool = True
     #: of the VM, for its leases
     uuid: str = ""
+    #: where a standby waits for its order, see standby.py
+    order_fds: tuple[int, ...] = ()
+
+
+def rehearsal_folder(runtime: str) -> str:
+    """Where a standby's sockets are while it rehearses."""
+    return f"{runtime}/warm"
 
 
 def control_endpoint(runtime: str) -> str:

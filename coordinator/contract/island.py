@@ -16,7 +16,7 @@ import select
 import signal
 import sys
 import threading
-from typing import Any
+from typing import Any, TextIO
 
 import msgspec
 import setproctitle
@@ -40,13 +40,27 @@ def enter(role: str, vm: str, parent: int, log: str | None, sandbox: Sandbox | N
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     logging.raiseExceptions = False  # a full disk is no reason to fill it with tracebacks
     stream = open(log, "a", buffering=1, encoding="utf-8") if log else sys.stderr  # noqa: SIM115 - lives as long as we
-    logging.basicConfig(
-        stream=stream, format=f"%(asctime)s {role}: %(message)s", level=logging.INFO, force=True
-    )
+    _log(stream, role)
     faulthandler.enable(stream)
     if sandbox is not None:
         sandbox.enter()  # before the first thread
     watch_parent(parent)
+
+
+def _log(stream: TextIO, role: str) -> None:
+    logging.basicConfig(
+        stream=stream, format=f"%(asctime)s {role}: %(message)s", level=logging.INFO, force=True
+    )
+
+
+def become(role: str, vm: str, log_fd: int) -> None:
+    """A standby, which has entered as such, is island ``role`` from now on, and writes to that one's log."""
+    setproctitle.setproctitle(f"atoll {role} {vm}")
+    for fd in (1, 2):
+        os.dup2(log_fd, fd)
+    stream = open(log_fd, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - lives as long as we
+    _log(stream, role)
+    faulthandler.enable(stream)
 
 
 def watch_parent(parent: int) -> None:

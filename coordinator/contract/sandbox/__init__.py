@@ -88,7 +88,8 @@ class Sandbox:
         """``places``: paths, or descriptors of files, with what may be done there."""
         self.on = on
         self._role = ROLES[role]
-        self._name = name
+        #: of the island, for messages
+        self.name = name
         self._places = places
 
     def enter(self) -> None:
@@ -111,7 +112,7 @@ class Sandbox:
             return
         if not self._role.opens:
             _limit(resource.RLIMIT_NPROC, 0)  # the threads that it has are all that it needs
-        _must(lib.sandbox_seccomp(self._role.number, self._name.encode()), "seccomp")
+        _must(lib.sandbox_seccomp(self._role.number, self.name.encode()), "seccomp")
 
     def _close_files(self) -> None:
         version = lib.sandbox_landlock_version()
