@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from collections.abc import Callable
 
 import msgspec
@@ -118,9 +119,10 @@ def open_throwaway(wanted: config.Export) -> Image:
     base = FORMATS[image_format](msgspec.structs.replace(wanted, read_only=True))
     size = base.size
     base.close()
-    with scratch.nameless() as layer:
+    with scratch.nameless(wanted.id) as layer:
         file = absolute_name(wanted.file)
-        create(layer, Options(size, backing_file=file, backing_format=image_format))
+        if not os.stat(layer).st_size:
+            create(layer, Options(size, backing_file=file, backing_format=image_format))
         image = opening.open_qcow2(layer, False, Chain((file, *wanted.backing_allowed)), files.unsafe_file)
     image.file = wanted.file
     return image

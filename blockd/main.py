@@ -6,27 +6,33 @@ python -m blockd.main --socket PATH --tcp [HOST:]PORT --export ID=FILE[,ro=on][,
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import importlib
 import logging
 import os
 import signal
 import sys
 
+import msgspec
 import setproctitle
 import zmq
 
 from blockd import handout, scratch
+from blockd.export_image import open_image
 from blockd.lease.record import Owner
+from blockd.lease.successor import released
 from blockd.nbd.handshake import Terms
 from blockd.nbd.listen import LOOPBACK
 from blockd.places import Place, places
 from blockd.service import Service
 from coordinator.contract import config, messages
-from coordinator.contract.errors import AtollError, BlockError, UsageError
+from coordinator.contract.errors import AtollError, UsageError
 from coordinator.contract.handout import path as handout_path
-from coordinator.contract.island import Control, enter
+from coordinator.contract.island import Control, become, enter
 from coordinator.contract.nbd import absolute_name
 from coordinator.contract.sandbox import Access, Sandbox
+from coordinator.contract.standby import Orders
 from coordinator.contract.tls import server_context
 
 log = logging.getLogger(__name__)
@@ -40,23 +46,29 @@ LATE = (
 
 
 def main(start: config.BlockdConfig) -> None:
-    """Serve one machine's images until Quit, SIGTERM or the coordinator's death.
+    """Serve one machine's images until Quit, SIGTERM or the coordinator's death; as a standby, once that is
+    needed.
 
     Says Hello when the exports are open and the socket listens, or Failed with a line for the user.
     Exits 0 when everything was durable at the end, else 1.
     """
-    sandbox, failure = _sandbox(start)
-    enter(ROLE, start.vm, start.parent, start.log, sandbox)
+    sandbox = _sandbox(start)
+    if start.order_fds:
+        start = _stand_by(start, sandbox)
+    else:
+        enter(ROLE, start.vm, start.parent, start.log, sandbox)
+    scratch.hold(dict(zip((e.id for e in start.exports if e.snapshot), start.scratch_fds, strict=True)))
     control = Control(zmq.Context.instance(), start.runtime, ROLE)
     status = 0
     try:
-        if failure is not None:
-            raise failure
         service = Service(owner=Owner(start.uuid, start.vm))
         service.end_on_signal(signal.SIGTERM)
         sandbox.seal()
         try:
-            service.leased.open_all(start.exports)
+            if start.replaces:
+                service.take_over(start.exports)
+            else:
+                service.leased.open_all(start.exports)
             service.listen(config.nbd_socket(start.runtime))
             control.hello()
             service.run(control)
@@ -70,22 +82,40 @@ def main(start: config.BlockdConfig) -> None:
     sys.exit(status)
 
 
-def _sandbox(start: config.BlockdConfig) -> tuple[Sandbox, BlockError | None]:
-    """The sandbox, with the temporary files that exports need made before it; an error is told when the
-    coordinator can be reached. Whatever is imported late otherwise is here by now."""
+def _sandbox(start: config.BlockdConfig) -> Sandbox:
+    """Whatever is imported late otherwise is here by now."""
     scratches: list[Place] = []
-    failure = None
-    if start.sandbox:
+    if start.sandbox or start.order_fds:
         for module in LATE:
             importlib.import_module(module)
+    if start.sandbox:
         handout.use(handout_path(start.runtime))
-        try:
-            fds = scratch.prepare(sum(export.snapshot for export in start.exports))
-            scratches = [(fd, Access.READ | Access.WRITE) for fd in fds]
-        except BlockError as error:
-            failure = error
-    found = scratches + places(start.runtime, start.exports)
-    return Sandbox("blockd", ROLE, start.sandbox, found), failure
+        scratches = [(fd, Access.READ | Access.WRITE) for fd in start.scratch_fds]
+    return Sandbox("blockd", ROLE, start.sandbox, scratches + places(start.runtime, start.exports))
+
+
+def _stand_by(start: config.BlockdConfig, sandbox: Sandbox) -> config.BlockdConfig:
+    """Get ready, and wait until the block daemon dies."""
+    enter("standby-blockd", start.vm, start.parent, start.log, sandbox)
+    _rehearse(start)
+    start, log_fd = Orders(start.order_fds[0]).take(config.BlockdConfig)
+    become(ROLE, start.vm, log_fd)
+    return start
+
+
+def _rehearse(start: config.BlockdConfig) -> None:
+    """Do for the first time what takes several times as long then. The images are another's still, and are
+    only looked at, without locks; what is found half changed is no error."""
+    Service().close()
+    with contextlib.suppress(AtollError):
+        released(start.exports, start.uuid)
+    for export in start.exports:
+        if not export.snapshot:
+            waits = msgspec.structs.replace(export, lease=config.LeasePolicy.AWAIT, read_only=False)
+            with contextlib.suppress(AtollError, OSError):
+                open_image(waits).close()
+    gc.collect()
+    gc.freeze()
 
 
 def parse_export(text: str) -> config.Export:

@@ -1,8 +1,9 @@
 """Files without a name, for what is thrown away at the end: nobody can find them, and none is left behind,
 however the process ends.
 
-A sandbox lets nobody make files where temporary ones belong, so they are made before it, and opened again
-through /proc/self/fd, as open(2) has it for O_TMPFILE.
+Those of a machine are made and held by the coordinator, since they are to outlive a block daemon that dies:
+the next one finds in them what this one has written. They are opened again through /proc/self/fd, as open(2)
+has it for O_TMPFILE.
 """
 
 from __future__ import annotations
@@ -14,19 +15,24 @@ from typing import IO
 
 from coordinator.contract.errors import BlockError
 
-_ready: list[IO[bytes]] = []
+#: descriptors of those that were handed in, by export
+_held: dict[str, int] = {}
 
 
-def prepare(count: int) -> list[int]:
-    """Make so many ahead; their descriptors. BlockError."""
-    _ready.extend(_make() for _ in range(count))
-    return [file.fileno() for file in _ready]
+def hold(files: dict[str, int]) -> None:
+    """Use these from now on."""
+    _held.clear()
+    _held.update(files)
 
 
 @contextlib.contextmanager
-def nameless() -> Iterator[str]:
-    """A path to an empty file; what has opened it in the end keeps it. BlockError."""
-    with _ready.pop() if _ready else _make() as file:
+def nameless(ident: str) -> Iterator[str]:
+    """A path to the file of export ``ident``, empty or as a predecessor has left it; what has opened it in
+    the end keeps it. BlockError."""
+    if ident in _held:
+        yield f"/proc/self/fd/{_held[ident]}"
+        return
+    with _make() as file:
         yield f"/proc/self/fd/{file.fileno()}"
 
 

@@ -8,7 +8,7 @@ import errno
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import zmq
@@ -17,12 +17,13 @@ from blockd.export import ExportTable
 from blockd.identity import identify
 from blockd.lease.manager import LeasedExports
 from blockd.lease.record import Owner
+from blockd.lease.successor import released
 from blockd.lease.transfer import Destination, Source
 from blockd.machine_snapshots import MachineSnapshots
 from blockd.nbd.handshake import Terms
 from blockd.nbd.listen import Listener, listen_tcp, listen_unix
 from blockd.nbd.server import Limits, Server
-from coordinator.contract import messages
+from coordinator.contract import config, messages
 from coordinator.contract.errors import AtollError, BlockError, MessageError
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,8 @@ class Service:
         self.leased = LeasedExports(self.exports, owner or Owner("", "blockd"))
         self.leased.on_loss = self._lease_lost
         self._losses: collections.deque[messages.LeaseLost] = collections.deque()
-        source, destination = Source(self.leased), Destination(self.leased)
+        self._source = source = Source(self.leased)
+        destination = Destination(self.leased)
         self._snapshots = MachineSnapshots(self.leased)
         self._server = Server(self.exports, limits, terms, self._client_left)
         self._persistent = persistent
@@ -79,6 +81,13 @@ class Service:
             messages.Quit: self._end,
             **self._snapshots.table(),
         }
+
+    def take_over(self, exports: Iterable[config.Export]) -> None:
+        """Open what a predecessor of this machine has served, but for what it has handed over to another."""
+        exports = list(exports)
+        gone = released(exports, self.leased.owner.uuid)
+        self._source.take_over(gone.values())
+        self.leased.open_all(export for export in exports if export.id not in gone)
 
     def listen(self, path: str) -> None:
         """Serve NBD at a UNIX socket, too."""

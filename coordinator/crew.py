@@ -9,10 +9,11 @@ import asyncio
 import itertools
 import logging
 import os
+import tempfile
 from collections.abc import Awaitable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import msgspec
 import zmq
@@ -73,6 +74,10 @@ class Captain(Protocol):
     def noticed(self, notice: messages.AnyNotice) -> None:
         """A notice of an island, unless it is about the island itself."""
 
+    @property
+    def moved(self) -> bool:
+        """The guest is elsewhere now, and so are its disks."""
+
     def lost(self) -> None:
         """An island has died and takes the run with it."""
 
@@ -106,7 +111,12 @@ class Crew:
         self._doorbells: list[int] = []
         self._outputs: dict[str, Output] = {}
         self._handout: Handout | None = None
-        self.standbys = Standbys({"devhost": lambda: self._host(0)}, folder)
+        #: what guests write to drives whose images are to stay as they are
+        self._scratch: dict[str, IO[bytes]] = {}
+        #: the leases of its disks have yet to come from where the guest comes from
+        self.awaits_disks = options.incoming is not None
+        kinds = {"devhost": lambda: self._host(0), "blockd": lambda: self._blockd(True)}
+        self.standbys = Standbys(kinds, folder)
         #: islands are being ended
         self.leaving = False
 
@@ -152,6 +162,8 @@ class Crew:
             self._handout = Handout(handout_path(str(self.folder)), lambda: self.islands["blockd"].pid)
         for drive in machine.drives:
             self.allow(drive)
+            if drive.snapshot and drive.file is not None:
+                self._scratch[drive.id] = _temporary_file()
         os.mkdir(rehearsal_folder(str(self.folder)), 0o700)
         self._start("blockd", *self._blockd())
         for i in range(len(self.hosts)):
@@ -167,10 +179,14 @@ class Crew:
             "sandbox": self.options.sandbox,
         }  # fmt: skip
 
-    def _blockd(self) -> tuple[str, BlockdConfig]:
-        incoming = self.options.incoming is not None
-        exports = tuple(export_of(d, incoming) for d in self.machine.drives if d.file is not None)
-        return "blockd.main", BlockdConfig(exports=exports, uuid=self.machine.uuid, **self._common)
+    def _blockd(self, replaces: bool = False) -> tuple[str, BlockdConfig]:
+        drives = () if self._captain.moved else self.machine.drives
+        exports = tuple(export_of(d, self.awaits_disks) for d in drives if d.file is not None)
+        scratch_fds = tuple(self._scratch[each.id].fileno() for each in exports if each.snapshot)
+        return "blockd.main", BlockdConfig(
+            exports=exports, uuid=self.machine.uuid, replaces=replaces, scratch_fds=scratch_fds,
+            **self._common,
+        )  # fmt: skip
 
     def _host(self, index: int, replaces: bool = False) -> tuple[str, DevhostConfig]:
         assert self.segment is not None
@@ -243,7 +259,7 @@ class Crew:
             self._open.pop(command.serial, None)
 
     async def send(self, role: str, command: messages.Command) -> None:
-        """To a device host that is not there it is sent when there is another one."""
+        """To one that is being replaced it is sent when there is another one."""
         assert self._socket is not None
         self.succession.sent(role, command)
         if role in self.succession.vacant:
@@ -251,8 +267,14 @@ class Crew:
         try:
             await self._socket.send_multipart((role.encode(), encode(command)))
         except zmq.ZMQError as error:
-            if role not in self.hosts:
+            if not self.succession.replaces(role):
                 raise IslandError(f"{role} cannot be reached: {error}") from None
+
+    def refuse(self, command: messages.Command, error: str) -> None:
+        """A command will not be answered by its island."""
+        _, future, _ = self._open.get(command.serial, (None, None, None))
+        if future is not None and not future.done():
+            future.set_exception(IslandError(error))
 
     def open_commands(self, role: str) -> list[messages.Command]:
         """Those that an island has not answered, oldest first."""
@@ -348,10 +370,14 @@ class Crew:
         return self._started.is_set() and not self.leaving and not self.ending.done()
 
     async def start_successor(self, role: str) -> asyncio.Event:
-        """Another process in a device host's place, the standby where there is one; the event is its
-        hello."""
-        module, config = self._host(int(role.removeprefix("devhost")), replaces=True)
-        island = self.standbys.take(role, "devhost", config, self._log_of(role))
+        """Another process in an island's place, the standby where there is one; the event is its hello."""
+        module: str
+        config: msgspec.Struct
+        if role == "blockd":
+            module, config = self._blockd(replaces=True)
+        else:
+            module, config = self._host(int(role.removeprefix("devhost")), replaces=True)
+        island = self.standbys.take(role, role.rstrip("0123456789"), config, self._log_of(role))
         if island is not None:
             self._enlist(island)
         else:
@@ -390,3 +416,13 @@ class Crew:
             self.segment.close()
         for fd in self._doorbells:
             os.close(fd)
+        for file in self._scratch.values():
+            file.close()
+
+
+def _temporary_file() -> IO[bytes]:
+    """Without a name, so nothing is left of it whatever happens."""
+    try:
+        return tempfile.TemporaryFile(buffering=0)
+    except OSError as error:
+        raise IslandError(f"no temporary file can be made: {error.strerror or error}") from None

@@ -149,6 +149,11 @@ class Island:
     def close(self) -> None:
         os.close(self.pidfd)
 
+    @property
+    def was_killed(self) -> bool:
+        """By somebody, rather than by a fault of its own; once its ``epitaph`` is known."""
+        return bool(self.process.exitcode == -signal.SIGKILL)
+
     def epitaph(self) -> str:
         """How it ended."""
         self.process.join(STATUS_SECONDS)

@@ -193,6 +193,11 @@ class Vm:
             case messages.LeaseLost(error=error):
                 log.error("%s", error)
 
+    @property
+    def moved(self) -> bool:
+        """See crew.Captain."""
+        return self.state == "postmigrate"
+
     def lost(self) -> None:
         """See crew.Captain."""
         self.state = "internal-error"

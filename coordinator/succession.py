@@ -1,12 +1,16 @@
-"""A device host that has died is replaced by another process, and the guest does not notice.
+"""A device host or block daemon that has died is replaced by another process, and the guest does not notice.
 
-Guest time stops at once. The successor attaches to the segment, takes over what its predecessor has committed
-(devhost/commit.py) and says hello; it gets the commands again that are open, Run first where the guest
-runs. Then
-the host's generation is raised, which lets vCPUs ask again, and guest time goes on.
+Guest time stops at once. A device host's successor attaches to the segment, takes over what its predecessor
+has committed (devhost/commit.py) and says hello; it gets the commands again that are open, Run first where
+the guest runs. Then the host's generation is raised, which lets vCPUs ask again, and guest time goes on.
 
-One that dies ``MOST_DEATHS`` times with an event in hand, while none ends, would do so for ever: it takes the
-machine along. Being killed before it comes to anything is no fault of its own, so that may happen more often.
+A block daemon's successor opens the exports again, under leases that it takes from the dead one, before it
+listens; device hosts come back by themselves and ask again. It gets those open commands again that may be
+done twice.
+
+A device host that dies ``MOST_DEATHS`` times with an event in hand, while none ends, would do so for ever: it
+takes the machine along, and so does a block daemon that dies so often by its own fault as soon as it serves.
+Being killed before it comes to anything is no fault of its own, so that may happen more often.
 """
 
 from __future__ import annotations
@@ -18,21 +22,27 @@ from typing import TYPE_CHECKING, Any
 
 from coordinator.contract import messages
 from coordinator.contract.errors import IslandError
+from coordinator.islands import Island
 
 if TYPE_CHECKING:
     from coordinator.crew import Crew
 
 log = logging.getLogger(__name__)
 
+BLOCKD = "blockd"
 MOST_DEATHS = 3
 #: deaths in a row without an event
 MOST_STARTS = 100
 #: how long a successor may take to say hello, seconds
 HELLO_SECONDS = 60.0
+#: a block daemon that has lived so long has done something, seconds
+SOON_SECONDS = 10.0
+#: commands to the block daemon of which a part may be done, or that go on beside it: they fail with it
+ONCE = (messages.StoreVmState, messages.FetchVmState, messages.CreateSnapshots)
 
 
 class Succession:
-    """Of the device hosts of one machine."""
+    """Of the islands of one machine that can be replaced."""
 
     def __init__(self, crew: Crew) -> None:
         self._crew = crew
@@ -44,8 +54,14 @@ class Succession:
         self._events: dict[str, int] = {}
         #: deaths since one has ended: with one in hand, and all
         self._deaths: dict[str, tuple[int, int]] = {}
+        #: deaths in a row of the block daemon by its own fault, and when it last began to serve
+        self._faults, self._since = 0, 0.0
         #: whether the last order to the host was Run
         self._runs: dict[str, bool] = {}
+
+    def replaces(self, role: str) -> bool:
+        """Whether an island of this role can be replaced."""
+        return role == BLOCKD or role in self._crew.hosts
 
     def sent(self, role: str, command: messages.Command) -> None:
         """A command is on its way to an island."""
@@ -53,8 +69,8 @@ class Succession:
             self._runs[role] = isinstance(command, messages.Run)
 
     def died(self, role: str) -> bool:
-        """Whether this is the death of a device host, which is being replaced then."""
-        if role not in self._crew.hosts or not self._crew.serves:
+        """Whether this is the death of an island that is being replaced now."""
+        if not self.replaces(role) or not self._crew.serves:
             return False
         if role in self.vacant:
             self.vacant[role].set()
@@ -66,6 +82,10 @@ class Succession:
 
     def _hopeless(self, role: str) -> bool:
         """Whether it makes no progress from death to death."""
+        if role == BLOCKD:
+            if time.monotonic() - self._since > SOON_SECONDS:
+                self._faults = 0
+            return self._faults >= MOST_DEATHS - 1
         assert self._crew.segment is not None
         block = self._crew.segment.host(int(role.removeprefix("devhost")))
         events, in_hand = int(block.events), int(block.begun != block.events)
@@ -75,7 +95,8 @@ class Succession:
         return busy >= MOST_DEATHS or deaths >= MOST_STARTS
 
     async def _replace(self, role: str) -> None:
-        crew, began, dead = self._crew, time.monotonic(), []
+        crew, began = self._crew, time.monotonic()
+        dead: list[Island] = []
         assert crew.segment is not None
         while True:
             dead.append(crew.islands[role])
@@ -90,17 +111,38 @@ class Succession:
                 break
             if not crew.serves:
                 return
+        await (self._brief_blockd() if role == BLOCKD else self._brief_host(role))
+        crew.show_time()
+        blackout = time.monotonic() - began
+        await self._tell(role, dead, blackout)
+
+    async def _brief_host(self, role: str) -> None:
+        crew = self._crew
+        assert crew.segment is not None
         waiting = crew.open_commands(role)
         del self.vacant[role]
         if self._runs.get(role) and not any(isinstance(command, messages.Run) for command in waiting):
             await crew.command(role, messages.Run(serial=crew.next_serial()))
         for command in waiting:
             await crew.send(role, command)
-        crew.segment.host(int(role[7:])).generation += 1
-        crew.show_time()
-        blackout = time.monotonic() - began
+        crew.segment.host(int(role.removeprefix("devhost"))).generation += 1
+
+    async def _brief_blockd(self) -> None:
+        self._since = time.monotonic()
+        waiting = self._crew.open_commands(BLOCKD)
+        del self.vacant[BLOCKD]
+        for command in waiting:
+            if isinstance(command, ONCE):
+                self._crew.refuse(command, "the block daemon has died, and another one goes on; try again")
+            else:
+                await self._crew.send(BLOCKD, command)
+
+    async def _tell(self, role: str, dead: list[Island], blackout: float) -> None:
+        crew = self._crew
         self.restarts[role] = self.restarts.get(role, 0) + 1
         cause = await asyncio.to_thread(dead[0].epitaph)
+        if role == BLOCKD:
+            self._faults = 0 if dead[0].was_killed else self._faults + 1
         crew.standbys.warm()
         for island in dead:
             island.close()

@@ -2,12 +2,15 @@
 
 The daemon closes an export for a while when its lease is about to change hands. A connection that is lost
 with nothing in flight is therefore made again only when there is something to ask.
+
+A daemon that is not there is being replaced, however long that takes: the coordinator ends the machine when
+it cannot be, and the guest's time stands still. So requests wait, and fail only where the daemon refuses the
+export, or has another one under this name.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 
 from coordinator.contract.errors import BlockError
@@ -16,9 +19,8 @@ from devhost.faults import Faults
 
 log = logging.getLogger(__name__)
 
-#: how long the block daemon may be away before a drive reports errors, seconds. The host is deaf meanwhile,
-#: and a daemon that has died ends the machine anyway
-PATIENCE = 1.0
+#: how long a daemon that takes a connection may be silent before it counts as not there, seconds
+HANDSHAKE_SECONDS = 1.0
 
 
 class NbdBackend:
@@ -30,8 +32,7 @@ class NbdBackend:
         self._faults = faults or Faults()
         self.completed: Callable[[int, int], None] = lambda cookie, errno: None
         self.settled: Callable[[], None] = lambda: None
-        #: while there is no connection: an eventfd that is rung for each request
-        self._bell: int | None = None
+        self._connected = True
 
     @property
     def size(self) -> int:
@@ -55,9 +56,7 @@ class NbdBackend:
         return self._asked(self.client.flush())
 
     def _asked(self, cookie: int) -> int:
-        """Without a connection the loop hears of it by the bell; it never completes in here."""
-        if self._bell is not None:
-            os.eventfd_write(self._bell, 1)
+        """It never completes in here."""
         self._faults.at("block-sent")
         return cookie
 
@@ -66,8 +65,18 @@ class NbdBackend:
         self.client.cancel(cookie)
 
     # ---- for the loop ----------------------------------------------------------------------------
+    @property
+    def connected(self) -> bool:
+        """There is something to poll."""
+        return self._connected
+
+    @property
+    def lost(self) -> bool:
+        """Requests wait for a connection: ``seek`` it again and again."""
+        return not self._connected and bool(self.client.pending)
+
     def fileno(self) -> int:
-        return self.client.fileno() if self._bell is None else self._bell
+        return self.client.fileno()
 
     @property
     def wants_write(self) -> bool:
@@ -77,41 +86,21 @@ class NbdBackend:
         self.client.on_writable()
 
     def on_readable(self) -> None:
-        """Deliver completions; a lost connection is made again, and if that cannot be, requests fail."""
-        if self._bell is not None:
-            os.eventfd_read(self._bell)
-            self._come_back()
-            return
+        """Deliver completions."""
         try:
             self._deliver(self.client.on_readable())
         except BlockError as error:
-            if self.client.pending:
-                log.info("%s", error)
-                self._come_back()
-            else:  # the daemon closes exports when a medium or a lease goes
-                log.debug("%s", error)
-                self._go_away()
+            log.debug("%s", error)  # exports are closed when a medium or a lease goes
+            self.client.drop()
+            self._connected = False
 
-    def _come_back(self) -> None:
+    def seek(self) -> None:
+        """Look whether the daemon is there, and send it what waits."""
         try:
-            self.client.reconnect(PATIENCE)
+            self._connected = self.client.try_reconnect(HANDSHAKE_SECONDS)
         except BlockError as error:
             log.error("%s", error)
-            done = self.client.fail_pending()
-            self._go_away()
-            self._deliver(done)
-        else:
-            self._close_bell()
-
-    def _go_away(self) -> None:
-        self.client.close()
-        if self._bell is None:
-            self._bell = os.eventfd(0, os.EFD_CLOEXEC)
-
-    def _close_bell(self) -> None:
-        if self._bell is not None:
-            os.close(self._bell)
-            self._bell = None
+            self._deliver(self.client.fail_pending())
 
     def _deliver(self, done: list[Completion]) -> None:
         if done:
@@ -123,4 +112,3 @@ class NbdBackend:
 
     def close(self) -> None:
         self.client.close()
-        self._close_bell()

@@ -111,12 +111,30 @@ class BlockClient:
         BlockError when that has not succeeded within ``seconds`` of wall time, or cannot."""
         self._sock, self._info = self._shake_hands(seconds)
 
+    def drop(self) -> None:
+        """The connection is of no use any more; what is pending stays."""
+        self._close_socket()
+        self._broken = self._broken or "not connected"
+
     def reconnect(self, seconds: float = 10.0) -> None:
         """After the connection was lost: the whole handshake again, and what is pending sent again in
         its order. BlockError if the export is not what it was. ``fileno`` changes."""
-        self._close_socket()
-        self._broken = self._broken or "not connected"
-        sock, info = self._shake_hands(seconds)
+        self.drop()
+        self._go_on(*self._shake_hands(seconds))
+
+    def try_reconnect(self, seconds: float) -> bool:
+        """The same, once: False when no server is there, or it goes away, or says nothing for ``seconds``."""
+        self.drop()
+        try:
+            sock, info = self._attempt(self._clock() + seconds)
+        except PermissionError as error:
+            raise BlockError(f"{self._where}: cannot connect: {error.strerror}", errno.EACCES) from None
+        except (OSError, TryAgain):
+            return False
+        self._go_on(sock, info)
+        return True
+
+    def _go_on(self, sock: socket.socket, info: ExportInfo) -> None:
         if info != self._info:
             sock.close()
             what = f"{self._info.size} bytes became {info.size}, flags {self._info.flags:#x} {info.flags:#x}"
@@ -132,24 +150,26 @@ class BlockClient:
     def _shake_hands(self, seconds: float) -> tuple[socket.socket, ExportInfo]:
         deadline = self._clock() + seconds
         while True:
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
-                sock.settimeout(max(deadline - self._clock(), RETRY_SECONDS))
-                sock.connect(self.path)
-                info = ClientHandshake(sock, self._where, deadline, self._clock).run(self.export)
+                return self._attempt(deadline)
             except (OSError, TryAgain) as error:
-                sock.close()
                 if isinstance(error, PermissionError) or self._clock() + RETRY_SECONDS >= deadline:
                     reason = getattr(error, "strerror", None) or str(error)
                     raise BlockError(f"{self._where}: cannot connect: {reason}", errno.ECONNREFUSED) from None
                 self._wait(RETRY_SECONDS)
-                continue
-            except BaseException:
-                sock.close()
-                raise
+
+    def _attempt(self, deadline: float) -> tuple[socket.socket, ExportInfo]:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(max(deadline - self._clock(), RETRY_SECONDS))
+            sock.connect(self.path)
+            info = ClientHandshake(sock, self._where, deadline, self._clock).run(self.export)
             sock.setblocking(False)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER)
-            return sock, info
+        except BaseException:
+            sock.close()
+            raise
+        return sock, info
 
     def close(self) -> None:
         """Say good-bye as far as it can be said without waiting. Pending requests are forgotten."""

@@ -44,6 +44,8 @@ LONGEST_WAIT = 1.0
 DRAIN_SECONDS = 10.0
 #: how often it is looked whether a vCPU whose reply is kept back has been called, seconds
 LOOK_SECONDS = 0.001
+#: between two looks whether the block daemon is there again, seconds
+SEEK_SECONDS = 0.002
 #: posted writes that end together at most
 MOST_POSTED = 256
 #: what ``handle`` returns when the answer comes later
@@ -131,7 +133,12 @@ class Service:
 
     def _wait(self, fixed: list[int], timeout: float) -> None:
         """Sleep until something happens; serve the block devices."""
-        backends = {backend.fileno(): backend for backend in self.backends.values()}
+        for backend in self.backends.values():
+            if backend.lost:
+                backend.seek()
+        if any(backend.lost for backend in self.backends.values()):
+            timeout = min(timeout, SEEK_SECONDS)
+        backends = {backend.fileno(): backend for backend in self.backends.values() if backend.connected}
         blocked = [fd for fd, backend in backends.items() if backend.wants_write]
         readable, writable, _ = select.select([*fixed, *backends], blocked, [], timeout)
         self.ring.sleeping(False)

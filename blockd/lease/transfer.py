@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from blockd.lease.judge import abandoned, decision_of, decision_path, ours
+from blockd.lease.judge import abandoned, decision_of, decision_path
 from blockd.lease.lease import Claim, Lease, new_record, proven_free
 from blockd.lease.manager import LeasedExports, active
 from blockd.lease.record import Record
@@ -57,6 +57,10 @@ class Source:
         self._aborted: set[str] = set()
         #: what release has answered
         self._released: dict[str, dict[str, Any]] = {}
+
+    def take_over(self, gone: Iterable[dict[str, Any]]) -> None:
+        """Transfers that a predecessor has released: see successor.py."""
+        self._released |= {answer["transfer"]: answer for answer in gone}
 
     def prepare(self, transfer: str, images: Iterable[str] = ()) -> dict[str, Any]:
         """Drain and close the exports of all leased images (``images`` may name them, which must be all), and
@@ -322,7 +326,8 @@ class Destination:
 
 
 def _top(file: str, slot: Slot, transfer: str) -> tuple[Found, ...]:
-    """The records of an image that this transfer is about to bring here, or that we could not put back."""
+    """The records of an image that this transfer is about to bring here, or that we could not put back, or a
+    predecessor of ours that has died."""
     try:
         seen = slot.look()
     except OSError as error:
@@ -331,7 +336,7 @@ def _top(file: str, slot: Slot, transfer: str) -> tuple[Found, ...]:
     if record is None or record.transfer != transfer:
         has = f"is leased to {record.holder()}" if record is not None else "has no lease"
         raise BlockError(f"{file}: is not part of transfer {transfer} ({has})", errno.ESTALE)
-    if record.state == "held" and not (ours(record) and abandoned(record, locked=False)):
+    if record.state == "held" and not abandoned(record, locked=False):
         raise BlockError(f"{file}: is leased to {record.holder()}", errno.EAGAIN)
     return seen
 

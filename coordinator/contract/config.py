@@ -246,6 +246,10 @@ class BlockdConfig(msgspec.Struct, frozen=True):
     sandbox: bool = True
     #: of the VM, for its leases
     uuid: str = ""
+    #: another process has been this daemon, and has died
+    replaces: bool = False
+    #: files for what is thrown away at the end, one for each export with ``snapshot``, in their order
+    scratch_fds: tuple[int, ...] = ()
     #: where a standby waits for its order, see standby.py
     order_fds: tuple[int, ...] = ()
 

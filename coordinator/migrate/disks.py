@@ -126,6 +126,7 @@ class TargetDisks:
                 serial=self._vm.next_serial(), transfer=self._transfer, epoch=self._leases.epoch
             )
             await self._vm.command(BLOCKD, command)
+        self._vm.crew.awaits_disks = False
 
     @property
     def leased(self) -> bool:
@@ -139,3 +140,4 @@ async def take(vm: Vm) -> None:
     if awaited:
         taken = tuple(msgspec.structs.replace(export, lease=LeasePolicy.TAKE) for export in awaited)
         await vm.command(BLOCKD, island.AcquireLeases(serial=vm.next_serial(), exports=taken))
+    vm.crew.awaits_disks = False

@@ -1,4 +1,5 @@
-"""Linux reads its CD while its device host is killed again and again: right bytes, no word of it."""
+"""Linux reads its CD while its device host and its block daemon are killed again and again: right bytes,
+and no word of it."""
 
 import contextlib
 import os
@@ -18,8 +19,8 @@ from tests.system.machine import processes
 
 pytestmark = [pytest.mark.boot, pytest.mark.timeout(1500)]
 
-ROLE = "devhost0"
-KILLS = 12
+ROLES = ("devhost0", "blockd")
+KILLS = 20
 #: how many of them at least hit a guest on a fast machine before it has read all
 LEAST = 3
 SEED = 5
@@ -28,18 +29,18 @@ SPACING = (0.05, 0.5)
 
 
 class Killer(threading.Thread):
-    """Kills the processes that are ``role`` of machine ``name``, each once, until told to stop."""
+    """Kills processes that are one of ``roles`` of machine ``name``, each once, until told to stop."""
 
-    def __init__(self, name: str, role: str, kills: int) -> None:
+    def __init__(self, name: str, roles: tuple[str, ...], kills: int) -> None:
         super().__init__(daemon=True)
-        self._name, self._role, self._left = name, role, kills
+        self._name, self._roles, self._left = name, roles, kills
         self._random = random.Random(SEED)
         self.killed: set[int] = set()
         self.enough = threading.Event()
 
     def run(self) -> None:
         while self._left and not self.enough.wait(self._random.uniform(*SPACING)):
-            pid = processes(self._name).get(self._role)
+            pid = processes(self._name).get(self._random.choice(self._roles))
             if pid is not None and pid not in self.killed:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -57,7 +58,7 @@ def test_linux_reads_its_cd_and_notices_nothing(launcher: Launcher, tmp_path: Pa
         "-name", name, *boots.kernel_options("atoll.demo=hash"), "-cdrom", str(image), "-no-reboot",
     ]  # fmt: skip
     with boots.start(launcher, tmp_path, options) as guest:
-        killer = Killer(name, ROLE, KILLS)
+        killer = Killer(name, ROLES, KILLS)
         guest.expect("Linux version", silence=boots.SILENCE_SECONDS)
         killer.start()
         began = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -11,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.system.machine import CONSOLE, Machine, processes, until, with_qmp
+from devhost.block_client import BlockClient
+from tests.system.machine import CONSOLE, PATIENCE, Machine, processes, until, with_qmp
 
 ROLES = {"coordinator", "nursery", "blockd", "devhost0", "vcpu0", "vcpu1"}
 #: they come when the machine has started
@@ -45,7 +47,6 @@ def test_islands_end_with_the_coordinator_and_the_next_start_cleans(number: sign
 STATE = {
     "vcpu1": r"RIP=[0-9a-f]{16} CR3=[0-9a-f]{16} RFLAGS=[0-9a-f]{8} last exit: \w+ after \d+ instructions",
     "vcpu0": r"RIP=00000000001[0-9a-f]{5} CR3=[0-9a-f]{16} .*last exit: \w+ after [1-9]\d* instructions",
-    "blockd": r"images: ide1-cd0=.*/a disc\.iso",
 }
 
 
@@ -71,17 +72,109 @@ def test_a_device_host_that_dies_is_replaced() -> None:
             if paused:
                 qmp.cmd("stop")
             pid = machine.roles()["devhost0"]
-            os.kill(pid, signal.SIGKILL)
             machine.type(byte)
-            event = until(lambda: _restarted(qmp), "the event")
-            assert event["role"] == "devhost0" and event["restarts"] == restarts and event["blackout-ms"] > 0
-            assert event["cause"] == f"devhost0 (pid {pid}) was killed by SIGKILL"
+            assert _replaced(machine, qmp, "devhost0", pid)["restarts"] == restarts
             if paused:
                 assert qmp.cmd("query-status")["status"] == "paused"
                 qmp.cmd("cont")
             machine.says(f"got {byte[0]:02x}")
         machine.type(b"O")
         assert machine.wait() == 0 and machine.errors() == ""
+        machine.gone()
+
+
+def _replaced(machine: Machine, qmp: Any, role: str, pid: int) -> dict[str, Any]:
+    """Kill ``role``, and what is told of its successor."""
+    os.kill(pid, signal.SIGKILL)
+    event: dict[str, Any] = until(lambda: _restarted(qmp), "the event")
+    assert event["role"] == role and event["blackout-ms"] > 0
+    assert event["cause"] == f"{role} (pid {pid}) was killed by SIGKILL"
+    assert machine.roles()[role] != pid
+    return event
+
+
+def test_a_standby_takes_over_and_the_next_one_is_there() -> None:
+    """The process that waited is the island, in whose log it goes on."""
+    with with_qmp(*CONSOLE) as machine, machine.qmp() as qmp:
+        machine.says("ready")
+        for live, waiting in (("devhost0", "standby-devhost"), ("blockd", "standby-blockd")):
+            for _ in range(2):
+                until(lambda waiting=waiting: waiting in machine.roles(), waiting)  # type: ignore[misc]
+                standby = machine.roles()[waiting]
+                _replaced(machine, qmp, live, machine.roles()[live])
+                assert machine.roles()[live] == standby
+                targets = [os.readlink(f"/proc/{standby}/fd/{fd}") for fd in (1, 2)]
+                assert all(target.endswith(f"/{live}.log") for target in targets)
+        machine.type(b"O")
+        assert machine.wait() == 0 and machine.errors() == ""
+        machine.gone()
+
+
+def test_without_a_standby_a_process_is_started() -> None:
+    """Killed together, again and again: whatever is ready takes over, and in the end all are there."""
+    with with_qmp(*CONSOLE) as machine, machine.qmp() as qmp:
+        machine.says("ready")
+        for count in range(1, 4):
+            for role in ("devhost0", "standby-devhost", "standby-blockd", "blockd"):
+                with contextlib.suppress(KeyError, ProcessLookupError):
+                    os.kill(machine.roles()[role], signal.SIGKILL)
+            told: dict[str, Any] = {}
+
+            def both(count: int = count, told: dict[str, Any] = told) -> bool:
+                for event in qmp.get_events():
+                    if event["event"] == "ISLAND_RESTARTED":
+                        told[event["data"]["role"]] = event["data"]["restarts"]
+                qmp.clear_events()
+                return told == {"devhost0": count, "blockd": count}
+
+            until(both, "both events")
+        machine.type(b"O")
+        assert machine.wait() == 0
+        machine.gone()
+
+
+def test_a_block_daemon_that_dies_is_replaced(disc: Path, tmp_path: Path) -> None:
+    """Its clients come back: the device host by itself, others by their own doing. Leases are held on."""
+    disk, layered = tmp_path / "disk.img", tmp_path / "layered.img"
+    for path in (disk, layered):
+        path.write_bytes(bytes(1 << 20))
+    options = ["-cdrom", str(disc), "-drive", f"file={disk},format=raw"]
+    options += ["-drive", f"file={layered},format=raw,snapshot=on"]
+    with with_qmp(*CONSOLE, *options) as machine, machine.qmp() as qmp:
+        machine.says("ready")
+        (folder,) = (machine.runtime / "atoll").glob("*-*")
+        client = BlockClient(str(folder / "nbd"), "ide0-hd1")
+        client.connect()
+        client.write(512, [memoryview(b"w" * 512)])
+        assert [done.errno for done in client.drain(PATIENCE)] == [0]
+        for restarts in (1, 2):
+            event = _replaced(machine, qmp, "blockd", machine.roles()["blockd"])
+            assert event["restarts"] == restarts
+            read = bytearray(512)
+            client.read(512, [memoryview(read)])
+            client.reconnect(PATIENCE)
+            assert [done.errno for done in client.drain(PATIENCE)] == [0] and read == b"w" * 512
+            assert {d["device"] for d in qmp.cmd("query-block")} == {"ide0-hd0", "ide0-hd1", "ide1-cd0"}
+            records = list(tmp_path.glob("disk.img.lease-*"))
+            assert len(records) == 1 and f'"pid":{machine.roles()["blockd"]}' in records[0].read_text()
+        client.close()
+        assert layered.read_bytes() == bytes(1 << 20)
+        machine.type(b"O")
+        assert machine.wait() == 0 and machine.errors() == ""
+        machine.gone()
+    assert not list(tmp_path.glob("disk.img.lease-*"))
+
+
+def test_a_block_daemon_that_cannot_go_on_takes_the_machine_along(tmp_path: Path) -> None:
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(bytes(1 << 20))
+    with with_qmp(*CONSOLE, "-drive", f"file={disk},format=raw") as machine:
+        machine.says("ready")
+        disk.unlink()
+        os.kill(machine.roles()["blockd"], signal.SIGKILL)
+        assert machine.wait() == 1
+        (line,) = machine.errors().splitlines()
+        assert line.startswith(f"atoll run: {disk}: ") and "No such file" in line
         machine.gone()
 
 
