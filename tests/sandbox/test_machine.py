@@ -40,7 +40,8 @@ def test_backing_files_throwaway_layers_and_media_that_come_later(tmp_path: Path
             assert medium["inserted"]["image"]["virtual-size"] == 2048 * 5
         (folder,) = (machine.runtime / "atoll").glob("*-*")
         logs = {path.name: path.read_text() for path in folder.glob("*.log")}
-        assert len(logs) == 3 and not any("sandbox" in text for text in logs.values()), logs
+        assert logs.keys() >= {"blockd.log", "devhost0.log", "vcpu0.log"}
+        assert not any("sandbox" in text for text in logs.values()), logs
         machine.type(b"O")
         assert machine.wait() == 0
 
