@@ -35,7 +35,9 @@ _ABSENT = {
 def run(arguments: list[str]) -> int:
     """The exit status: 0, or 1 after any error, as qemu-nbd has it."""
     try:
-        given = _parser().parse_intermixed_args(arguments)
+        end = arguments.index("--") if "--" in arguments else len(arguments)
+        given = _parser().parse_intermixed_args(arguments[:end])
+        given.file += arguments[end + 1 :]
         if given.version:
             from importlib import metadata  # slow, and wanted only here
 

@@ -450,7 +450,8 @@ def test_what_stands_in_the_way(
 
 def test_an_image_that_somebody_writes(start: Start, runtime: Path, disk: str) -> None:
     start("-t", "-f", "raw", "-k", str(runtime / "a"), disk)
-    assert "is locked" in failure("-r", "-f", "raw", "-k", str(runtime / "b"), disk)
+    assert "is locked" in failure("-r", "-f", "raw", "-k", str(runtime / "b"), "--", disk)
+    assert "/-r: cannot be opened" in failure("-k", str(runtime / "b"), "--", "-r")
 
 
 def test_help_and_version() -> None:
