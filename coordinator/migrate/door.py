@@ -90,8 +90,10 @@ class Door:
             plain, _ = await loop.sock_accept(self._listener)
             self._greetings = [greeting for greeting in self._greetings if not greeting.done()]
             if len(self._greetings) >= MOST:
-                self._greetings[0].cancel()
-            self._greetings.append(asyncio.ensure_future(self._greet(plain, tls)))
+                self._greetings.pop(0).cancel()
+            greeting = asyncio.ensure_future(self._greet(plain, tls))
+            greeting.add_done_callback(partial(_close_unless_greeted, plain))
+            self._greetings.append(greeting)
 
     async def _greet(self, plain: socket.socket, tls: Tls | None) -> None:
         """Let it in, if whoever made it may come."""
@@ -128,6 +130,11 @@ class Door:
         if self.path:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path)
+
+
+def _close_unless_greeted(plain: socket.socket, greeting: asyncio.Task[None]) -> None:
+    if greeting.cancelled():  # perhaps before it began
+        plain.close()
 
 
 async def _when_ready(sock: socket.socket, step: Callable[[], T]) -> T:

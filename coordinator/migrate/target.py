@@ -91,8 +91,7 @@ class Target:
                     break
                 except NotWelcome as error:
                     log.warning("migration: a source was refused: %s", error)
-                    await self._refuse(_reason(error))
-                    self._wait_for_another(_reason(error))
+                    await self._wait_for_another(_reason(error))
             await self._resume(await self._released())
         except BaseException as error:
             await self._refuse(_reason(error))
@@ -111,14 +110,15 @@ class Target:
             await self._link.send(messages.Refused(transfer=self._transfer, reason=reason))
             await asyncio.sleep(0.05)  # to leave before we do
 
-    def _wait_for_another(self, why: str) -> None:
-        self._unwelcome[self._transfer] = why
+    async def _wait_for_another(self, why: str) -> None:
+        transfer, self._transfer, self._epoch, self._accepted = self._transfer, "", 0, None
+        self.status.transfer = ""
+        self._unwelcome[transfer] = why
         if len(self._unwelcome) > UNWELCOME:
             del self._unwelcome[next(iter(self._unwelcome))]
-        self._transfer, self._epoch, self._accepted = "", 0, None
-        self.status.transfer = ""
         while not self._inbox.empty():
             self._inbox.get_nowait()
+        await self._link.send(messages.Refused(transfer=transfer, reason=why))
 
     # ---- steps -----------------------------------------------------------------------------------
     async def _at(self, point: str) -> None:
