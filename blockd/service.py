@@ -78,6 +78,7 @@ class Service:
             messages.AbortTransfer: lambda command: source.abort(command.transfer),
             messages.CheckTransfer: lambda command: destination.check(command.transfer),
             messages.GrantTransfer: lambda command: destination.grant(command.transfer, command.epoch),
+            messages.Ping: lambda command: None,
             messages.Quit: self._end,
             **self._snapshots.table(),
         }

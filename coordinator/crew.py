@@ -39,6 +39,7 @@ from coordinator.contract.segment import Segment
 from coordinator.contract.state_area import Output
 from coordinator.departure import end_islands
 from coordinator.handout import Handout
+from coordinator.heartbeat import Heartbeat
 from coordinator.islands import Island
 from coordinator.policy import Options
 from coordinator.standbys import Standbys
@@ -97,7 +98,8 @@ class Crew:
         self.segment: Segment | None = None
         self.event = captain.event
         self.succession = Succession(self)
-        #: guest time would run, but for device hosts that are being replaced
+        self.heartbeat = Heartbeat(self, options.island_timeout)
+        #: guest time would run, but for islands that are being replaced or do not answer
         self._time_runs = False
         self._captain = captain
         self._log_file = log_file
@@ -144,6 +146,7 @@ class Crew:
         """What must be done before commands may come has been done."""
         self._started.set()
         self.standbys.warm()
+        self.spawn(self.heartbeat.run())
 
     async def started(self) -> None:
         """Return when every island is there, which commands to them need; IslandError if that never comes."""
@@ -351,9 +354,9 @@ class Crew:
         self.show_time()
 
     def show_time(self) -> None:
-        """Guest time runs if it is to, and while no device host is being replaced."""
+        """Guest time runs if it is to, and while no island is being replaced or does not answer."""
         assert self.segment is not None
-        if self._time_runs and not self.succession.vacant:
+        if self._time_runs and not self.succession.vacant and not self.heartbeat.suspects:
             self.segment.start_time()
         else:
             self.segment.stop_time()

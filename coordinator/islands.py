@@ -115,6 +115,8 @@ class Island:
     def __init__(self, role: str, module: str, config: msgspec.Struct, log: Path) -> None:
         self.role = role
         self.log = log
+        #: why we have killed it
+        self._verdict: str | None = None
         fields = {name: getattr(config, name) for name in config.__struct_fields__}
         for name, value in fields.items():
             if name.endswith("_fd"):
@@ -140,6 +142,11 @@ class Island:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
+    def condemn(self, verdict: str) -> None:
+        """Kill it for a reason, which will be told."""
+        self._verdict = verdict
+        self.kill()
+
     def reap(self, seconds: float) -> bool:
         """Wait for the end; True when it came."""
         poller = select.poll()
@@ -151,14 +158,16 @@ class Island:
 
     @property
     def was_killed(self) -> bool:
-        """By somebody, rather than by a fault of its own; once its ``epitaph`` is known."""
-        return bool(self.process.exitcode == -signal.SIGKILL)
+        """By somebody else, rather than by a fault of its own; once its ``epitaph`` is known."""
+        return self._verdict is None and bool(self.process.exitcode == -signal.SIGKILL)
 
     def epitaph(self) -> str:
         """How it ended."""
         self.process.join(STATUS_SECONDS)
         code = self.process.exitcode
-        if code is None or self.alive():
+        if self._verdict is not None:
+            how = self._verdict
+        elif code is None or self.alive():
             how = "ended"
         elif code < 0:
             how = f"was killed by {signal.Signals(-code).name}"

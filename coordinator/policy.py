@@ -17,5 +17,7 @@ class Options:
     loadvm: str | None = None
     #: islands give up what they do not need
     sandbox: bool = True
+    #: seconds after which a device host or block daemon that says nothing is killed and replaced; 0: never
+    island_timeout: float = 30.0
     #: device hosts commit what they do, so that another one can go on where one has died
     commits: bool = True

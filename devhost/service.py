@@ -16,6 +16,7 @@ import logging
 import os
 import select
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,8 @@ log = logging.getLogger(__name__)
 LONGEST_WAIT = 1.0
 #: how long block requests in flight may take to end when the machine stops, seconds
 DRAIN_SECONDS = 10.0
+#: how long one look for their answers takes, seconds
+DRAIN_WAIT_SECONDS = 0.1
 #: how often it is looked whether a vCPU whose reply is kept back has been called, seconds
 LOOK_SECONDS = 0.001
 #: between two looks whether the block daemon is there again, seconds
@@ -92,6 +95,8 @@ class Service:
         self._in_access = self._keep_reply = False
         #: replies kept back: (routing id, vCPU, frame)
         self._kept: list[tuple[bytes, int, bytes]] = []
+        #: commands that have come while another was being obeyed
+        self._later: deque[messages.AnyCommand] = deque()
 
     def open_block_device(self, ident: str) -> NbdBackend:
         """Connect to the block daemon's export ``ident``; the loop serves it from now on."""
@@ -154,12 +159,15 @@ class Service:
             self.end_event()
 
     def drain(self, done: Callable[[], bool]) -> None:
-        """Serve block devices alone until ``done``; IslandError when that takes too long."""
+        """Serve block devices alone until ``done``, and say that we live; IslandError when that takes too
+        long."""
         deadline = time.monotonic() + DRAIN_SECONDS
         while not done():
             if time.monotonic() > deadline or not self.backends:
                 raise IslandError("devices do not come to rest: a block request is not answered")
-            self._wait([], 0.1)
+            self._wait([], DRAIN_WAIT_SECONDS)
+            if (command := self._next_command()) is not None:
+                self._later.append(command)
 
     def _idle(self) -> float:
         """Nothing is left to do: promise to be woken, and say for how long to sleep."""
@@ -281,11 +289,7 @@ class Service:
     def _serve_control(self) -> bool:
         worked = False
         while True:
-            try:
-                command = self.channel.receive()
-            except MessageError as error:
-                log.error("control: %s", error)
-                continue
+            command = self._later.popleft() if self._later else self._next_command()
             if command is None:
                 return worked
             worked = True
@@ -296,6 +300,18 @@ class Service:
                 self.faults.at("replied")
             if not self._running:
                 return True
+
+    def _next_command(self) -> messages.AnyCommand | None:
+        """The next one that is more than a question whether we live; None when none is waiting."""
+        while True:
+            try:
+                command = self.channel.receive()
+            except MessageError as error:
+                log.error("control: %s", error)
+                continue
+            if not isinstance(command, messages.Ping):
+                return command
+            self.channel.answer(command)
 
     def _obey(self, command: messages.AnyCommand) -> None:
         while self.ring.pending():  # what vCPUs wrote before they stopped comes before the command

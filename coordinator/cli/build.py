@@ -30,6 +30,8 @@ CPU_MODELS = tuple(
 )
 #: what QEMU appends to a name for a variant of it
 CPU_VARIANT = re.compile(r"(-v\d+|-noTSX|-IBRS|-IBPB)+$")
+#: a day, in seconds
+MOST_ISLAND_TIMEOUT = 86400
 #: of -sandbox, as QEMU has them
 SANDBOX_PROPERTIES = ("obsolete", "elevateprivileges", "spawn", "resourcecontrol")
 ENGINES, ABSENT_ENGINES = ("interp", "tcg"), ("kvm", "xen", "hvf", "whpx", "nvmm")
@@ -119,6 +121,16 @@ def _sandbox(s: Settings, value: str) -> None:
         kv.choice(name, ("allow", "deny", "children"), "deny")
     kv.done(("enable", *SANDBOX_PROPERTIES))
     s.options = dataclasses.replace(s.options, sandbox=on)
+
+
+def _island_timeout(s: Settings, value: str) -> None:
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= MOST_ISLAND_TIMEOUT:
+        raise UsageError(f"-island-timeout {value}: must be seconds from 0 (never) to {MOST_ISLAND_TIMEOUT}")
+    s.options = dataclasses.replace(s.options, island_timeout=seconds)
 
 
 def _commits(s: Settings, value: str) -> None:
@@ -377,6 +389,7 @@ _VALUES: dict[str, Callable[[Settings, str], None]] = {
     "rtc": _rtc,
     "incoming": _incoming,
     "sandbox": _sandbox,
+    "island-timeout": _island_timeout,
     "x-commits": _commits,
     "loadvm": _loadvm,
     "pidfile": _set("pidfile"),

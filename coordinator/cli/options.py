@@ -71,6 +71,7 @@ OPTIONS = (
     Option("incoming", "tcp:HOST:PORT|unix:PATH|file:PATH|defer", "wait for the guest of another machine"),
     Option("loadvm", "TAG", "go on from a snapshot of the whole machine (savevm, snapshot-save)"),
     Option("sandbox", "on|off", "confine the processes of the machine, which is the default"),
+    Option("island-timeout", "SECONDS", "replace an island that is silent so long; default 30, 0: never"),
     Option("x-commits", "on|off", "off: a device host that dies takes the machine along (for measurements)"),
     Option("no-reboot", None, "end instead of resetting"),
     Option("no-shutdown", None, "stop instead of ending when the guest shuts down"),

@@ -335,6 +335,10 @@ class DeleteSnapshots(Command, frozen=True, tag="deletesnapshots"):
     images: tuple[str, ...]
 
 
+class Ping(Command, frozen=True, tag="ping"):
+    """Device host and blockd: answered between two pieces of work, at once where there is none."""
+
+
 class QueryExports(Command, frozen=True, tag="queryexports"):
     """blockd: value is a list of dicts (id, file, format, size, read_only, reads, writes, ...)."""
 
@@ -392,6 +396,7 @@ AnyCommand = (
     | CreateSnapshots
     | ApplySnapshots
     | DeleteSnapshots
+    | Ping
     | QueryExports
     | IdentifyExport
     | QueryDrives
