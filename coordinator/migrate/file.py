@@ -7,7 +7,10 @@ state.
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import logging
 import os
+import stat
 from collections.abc import AsyncIterator, Callable
 from io import FileIO
 from pathlib import Path
@@ -20,27 +23,67 @@ from coordinator.migrate.capture import MachineState, TimeRecord, apply, capture
 from coordinator.migrate.ram import Counts
 from coordinator.migrate.stream import Part
 
+log = logging.getLogger(__name__)
+
 
 @contextlib.asynccontextmanager
 async def created(path: Path) -> AsyncIterator[BinaryIO]:
     """A file that appears at ``path`` when all has gone well, and with nothing waited for after that;
     MigrationError where it cannot be written."""
+    path = path.resolve()  # a link stays, and what it names is replaced
     half = path.with_name(path.name + ".part")
     try:
-        file = FileIO(os.open(half, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w")
+        file = _begun(path, half)
     except OSError as error:
         raise MigrationError(f"{path}: cannot be written: {error.strerror}") from None
     try:
         with file:
             yield file
             await _apart(lambda: os.fsync(file.fileno()))
-        os.replace(half, path)
+            os.replace(half, path)
+        _sync_folder(path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             half.unlink()
         if isinstance(error, OSError):
             raise MigrationError(f"{path}: cannot be written: {error.strerror}") from None
         raise
+
+
+def _begun(path: Path, half: Path) -> FileIO:
+    """The half file, empty and ours: what a killed one left is used again, another's is not touched, and
+    nothing else is followed or overwritten. OSError or MigrationError where it cannot be."""
+    if path.exists() and not path.is_file():
+        raise MigrationError(f"{path}: is there and is no regular file")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    file = FileIO(os.open(half, flags, 0o600), "w")
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+            raise MigrationError(f"{half}: is there and is no half file of ours; remove it")
+        if not os.path.samestat(found, os.lstat(half)):
+            raise BlockingIOError
+        os.ftruncate(file.fileno(), 0)
+        os.fchmod(file.fileno(), 0o600)
+    except BaseException as error:
+        file.close()
+        if isinstance(error, BlockingIOError):
+            raise MigrationError(f"{path}: is being written by another migration") from None
+        raise
+    return file
+
+
+def _sync_folder(path: Path) -> None:
+    """The name is made durable; it counts already, since others can see it."""
+    try:
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        log.warning("%s: its folder could not be synced: %s", path, error.strerror)
 
 
 async def _apart(job: Callable[[], None], abandon: Callable[[], None] = lambda: None) -> None:

@@ -5,9 +5,14 @@ have wrong.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
+import resource
+import signal
+import stat
 import time
 from dataclasses import replace
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +93,97 @@ def test_a_disk_that_is_full_at_any_step(
         assert "No space left on device" in source.error
         assert source.runs and source.state == "running"
         assert list(tmp_path.glob("state*")) == []
+
+    quiet(test)
+
+
+def test_a_folder_that_cannot_be_synced(
+    quiet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file can be seen, so it counts: the guest stays still here."""
+    sync = os.fsync
+
+    def broken(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(5, "Input/output error")
+        sync(fd)
+
+    async def test(world: World) -> None:
+        monkeypatch.setattr(os, "fsync", broken)
+        await saved(world, tmp_path / "state")
+        assert await comes(world, tmp_path / "state").done() == "completed"
+
+    quiet(test)
+
+
+@pytest.mark.parametrize("blocks", ["some", "none"])
+def test_a_disk_that_is_really_full(
+    quiet: Run, tmp_path: Path, blocks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/dev/full takes nothing (full(4)); a limit on the size of files takes some, and then nothing more
+    (setrlimit(2))."""
+
+    async def test(world: World) -> None:
+        source = await world.source()
+        source.write(77)
+        if blocks == "none":
+            monkeypatch.setattr(file, "_begun", lambda path, half: FileIO("/dev/full", "w"))
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096 if blocks == "some" else before[0], before[1]))
+            source.migration.migrate(f"file:{tmp_path / 'state'}")
+            assert await source.done() == "failed"
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, handler)
+        assert ("File too large" if blocks == "some" else "No space left on device") in source.error
+        assert source.runs and source.state == "running"
+        assert list(tmp_path.glob("state*")) == []
+
+    quiet(test)
+
+
+def test_what_is_there_is_not_overwritten(quiet: Run, tmp_path: Path) -> None:
+    """A half file that leads elsewhere, one that another is writing, a device; what a killed one left is used
+    again, and a link at the name itself stays one."""
+    precious = tmp_path / "precious"
+    precious.write_text("data")
+
+    async def test(world: World) -> None:
+        part = tmp_path / "state.part"
+        source = await world.source()
+
+        async def fails(why: str, name: str = "state") -> None:
+            source.migration.migrate(f"file:{tmp_path / name}")
+            assert await source.done() == "failed"
+            assert why in source.error and "\n" not in source.error, source.error
+            assert source.runs
+
+        part.symlink_to(precious)
+        await fails("cannot be written")
+        part.unlink()
+        os.link(precious, part)
+        await fails("no half file of ours")
+        part.unlink()
+        os.mkfifo(part)
+        await fails("cannot be written")
+        part.unlink()
+        os.mkfifo(tmp_path / "pipe")
+        await fails("is no regular file", "pipe")
+        with part.open("w") as other:
+            fcntl.flock(other, fcntl.LOCK_EX)
+            await fails("being written by another migration")
+        assert precious.read_text() == "data"
+        part.unlink()
+        part = tmp_path / "real.part"
+        part.write_bytes(b"half" * 100_000)
+        (tmp_path / "state").symlink_to(tmp_path / "real")
+        source.migration.migrate(f"file:{tmp_path / 'state'}")
+        assert await source.done() == "completed", source.error
+        assert (tmp_path / "state").is_symlink() and not part.exists()
+        assert (tmp_path / "real").stat().st_mode & 0o777 == 0o600
+        assert await comes(world, tmp_path / "state").done() == "completed"
 
     quiet(test)
 
