@@ -241,11 +241,19 @@ class Target:
             await first(word, self._shown, lost)
             if not word.done() and not self._shown.done():
                 self.status.move("postcopy-paused")
+                self._in_doubt()
                 await first(word, self._shown)
             return word.result().epoch if word.done() else self._shown.result()
         finally:
             word.cancel()
             lost.cancel()
+
+    def _in_doubt(self) -> None:
+        """What the user can do about a source that is out of reach, or gone, and has not said a last word."""
+        name, record = self.vm.machine.name, decision.place(self._transfer).name
+        log.warning("the guest is here and waits: its source is gone and has not said that it released it")
+        log.warning("where the source has left %s: atoll migrate --recover %s file:%s", record, name, record)
+        log.warning("where there is none and the source is dead, nobody may run it: quit")
 
     async def _resume(self, epoch: int) -> None:
         assert self._state is not None and self._time is not None
