@@ -41,6 +41,7 @@ from coordinator.departure import end_islands
 from coordinator.handout import Handout
 from coordinator.heartbeat import Heartbeat
 from coordinator.islands import Island
+from coordinator.loss import Losses
 from coordinator.policy import Options
 from coordinator.standbys import Standbys
 from coordinator.succession import Succession
@@ -82,6 +83,13 @@ class Captain(Protocol):
     def lost(self) -> None:
         """An island has died and takes the run with it."""
 
+    @property
+    def bears_loss(self) -> bool:
+        """Whether the machine can outlive one of its vCPUs."""
+
+    async def bereaved(self) -> None:
+        """One has died, and the machine is to stand still."""
+
 
 class Crew:
     """Owns the segment, the control socket and the islands of one machine."""
@@ -99,9 +107,10 @@ class Crew:
         self.event = captain.event
         self.succession = Succession(self)
         self.heartbeat = Heartbeat(self, options.island_timeout)
+        self.losses = Losses(self)
         #: guest time would run, but for islands that are being replaced or do not answer
         self._time_runs = False
-        self._captain = captain
+        self.captain = captain
         self._log_file = log_file
         self._hello: dict[str, asyncio.Event] = {}
         self._open: dict[int, tuple[str, asyncio.Future[Any], messages.Command]] = {}
@@ -183,7 +192,7 @@ class Crew:
         }  # fmt: skip
 
     def _blockd(self, replaces: bool = False) -> tuple[str, BlockdConfig]:
-        drives = () if self._captain.moved else self.machine.drives
+        drives = () if self.captain.moved else self.machine.drives
         exports = tuple(export_of(d, self.awaits_disks) for d in drives if d.file is not None)
         scratch_fds = tuple(self._scratch[each.id].fileno() for each in exports if each.snapshot)
         return "blockd.main", BlockdConfig(
@@ -203,6 +212,11 @@ class Crew:
         return "vcpu.main", VcpuConfig(
             index=index, segment_fd=self.segment.fd, doorbell_fds=tuple(self._doorbells), **self._common
         )
+
+    def start_vcpu(self, index: int) -> asyncio.Event:
+        """A process that is a vCPU from now on, of one that has died; the event is its hello."""
+        self._start(f"vcpu{index}", *self._vcpu(index))
+        return self._hello[f"vcpu{index}"]
 
     def _start(self, role: str, module: str, config: Any) -> None:
         log_file = self._log_of(role)
@@ -264,6 +278,8 @@ class Crew:
     async def send(self, role: str, command: messages.Command) -> None:
         """To one that is being replaced it is sent when there is another one."""
         assert self._socket is not None
+        if role in self.losses.vacant:
+            raise IslandError(f"{role} has died")
         self.succession.sent(role, command)
         if role in self.succession.vacant:
             return
@@ -282,6 +298,12 @@ class Crew:
     def open_commands(self, role: str) -> list[messages.Command]:
         """Those that an island has not answered, oldest first."""
         return [command for _, (to, _, command) in sorted(self._open.items()) if to == role]
+
+    def fail_commands(self, role: str, error: str) -> None:
+        """Nobody will answer those that an island has not answered yet."""
+        for to, future, _ in self._open.values():
+            if to == role and not future.done():
+                future.set_exception(IslandError(error))
 
     @property
     def hosts(self) -> list[str]:
@@ -332,9 +354,11 @@ class Crew:
             case messages.OutputReady():
                 pass  # it has been drained before
             case messages.Failed(error=error):
+                if self.losses.failed(role, error):
+                    return
                 self.end(Ending("internal-error", 1, error))
             case _:
-                self._captain.noticed(notice)
+                self.captain.noticed(notice)
 
     def spawn(self, work: Awaitable[None]) -> None:
         """Do something beside everything else; its failure is the machine's end."""
@@ -354,9 +378,10 @@ class Crew:
         self.show_time()
 
     def show_time(self) -> None:
-        """Guest time runs if it is to, and while no island is being replaced or does not answer."""
+        """Guest time runs if it is to, and while no island has died or does not answer."""
         assert self.segment is not None
-        if self._time_runs and not self.succession.vacant and not self.heartbeat.suspects:
+        missing = self.succession.vacant or self.losses.vacant or self.heartbeat.suspects
+        if self._time_runs and not missing:
             self.segment.start_time()
         else:
             self.segment.stop_time()
@@ -364,8 +389,14 @@ class Crew:
     # ---- life and death ------------------------------------------------------------------------
     def _died(self, role: str) -> None:
         asyncio.get_running_loop().remove_reader(self.islands[role].pidfd)
-        if not self.leaving and not (self.options.commits and self.succession.died(role)):
-            self.spawn(self.mourn(role))
+        if self.leaving or (self.options.commits and self.succession.died(role)) or self.losses.died(role):
+            return
+        self.spawn(self.mourn(role))
+
+    def mend_ring(self, host: int, dead: list[int]) -> bool:
+        """See Segment.mend_ring."""
+        assert self.segment is not None
+        return self.segment.mend_ring(host, dead, self._doorbells[host])
 
     @property
     def serves(self) -> bool:
@@ -391,7 +422,7 @@ class Crew:
         """An island has died: end the run with its name, state and log, unless it said why itself."""
         await asyncio.wait({self.ending}, timeout=LAST_NOTICE_SECONDS)
         if not self.ending.done():
-            self._captain.lost()
+            self.captain.lost()
             self.end(Ending("internal-error", 1, epitaph.describe(self, self.islands[role])))
 
     def end(self, ending: Ending) -> None:

@@ -21,6 +21,7 @@ from coordinator.contract.segment import Segment
 from coordinator.crew import Crew, Ending
 from coordinator.islands import Island
 from coordinator.jobs import Jobs
+from coordinator.loss import Loss
 from coordinator.policy import Options
 
 log = logging.getLogger(__name__)
@@ -202,6 +203,28 @@ class Vm:
         """See crew.Captain."""
         self.state = "internal-error"
 
+    @property
+    def bears_loss(self) -> bool:
+        """See crew.Captain. A guest that is still arriving is better off where it comes from."""
+        return self.state != "inmigrate"
+
+    async def bereaved(self) -> None:
+        """See crew.Captain."""
+        async with self._lock:
+            if not self.crew.losses.lost:
+                return  # a reset came first
+            runs = self.state == "running"
+            if runs:
+                await self._rest()
+            if self.state not in AWAY and self.state != "shutdown":
+                self.state = "internal-error"
+            if runs:
+                self.event("STOP")
+
+    def loss(self, vcpu: int) -> Loss | None:
+        """What is left of a vCPU that has died."""
+        return self.crew.losses.of(vcpu)
+
     def event(self, name: str, data: dict[str, Any] | None = None) -> None:
         for listener in self.on_event:
             listener(name, data or {})
@@ -243,7 +266,7 @@ class Vm:
         """``step`` is told of "quiesce" between vCPUs and devices."""
         assert self.segment is not None
         try:
-            await self._all(self.vcpus, messages.Stop)
+            await self._stop_vcpus()
             if step is not None:
                 await step("quiesce")
             await self._all(self.hosts, messages.Stop)
@@ -253,7 +276,25 @@ class Vm:
             raise
         self.crew.let_time(False)
 
+    async def _stop_vcpus(self) -> None:
+        """One that has died stands still; what follows from that comes after whatever is going on."""
+        vacant = self.crew.losses.vacant
+        stops = [self._all([role], messages.Stop) for role in self.vcpus if role not in vacant]
+        for error in await asyncio.gather(*stops, return_exceptions=True):
+            if isinstance(error, BaseException) and not (isinstance(error, IslandError) and vacant):
+                raise error
+
+    async def _rest(self) -> None:
+        """Stand still for good; a device that cannot come to rest is left as it is."""
+        with contextlib.suppress(IslandError):
+            await self._stop_vcpus()
+            await self._all(self.hosts, messages.Stop)
+        self.crew.let_time(False)
+
     async def _run(self) -> None:
+        """Not without a vCPU: then the machine is about to be brought to rest."""
+        if self.crew.losses.vacant:
+            return
         self.crew.let_time(True)
         await self._resume()
 
@@ -336,6 +377,11 @@ class Vm:
         if runs and self.state == "paused":
             self.state = "running"
 
+    async def revive(self) -> None:
+        """Give every vCPU that has died another process, for a state that is about to be put in. Only while
+        ``frozen``."""
+        await self.crew.losses.revive()
+
     async def blank(self) -> None:
         """Every island as after power-on, for a state that is about to be put in. Only while ``frozen``."""
         await self._all(self.hosts, messages.Reset)
@@ -378,9 +424,11 @@ class Vm:
         runs = self.state == "running"
         if runs:
             await self._pause()
+        await self.crew.losses.revive()
         await self._all(self.hosts, messages.Reset)
         await self._all(self.vcpus, messages.Reset)
         await self._load()
+        self.crew.losses.forget()
         self.event("RESET", {"guest": guest, "reason": reason})
         if runs:
             await self._run()

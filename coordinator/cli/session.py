@@ -79,6 +79,7 @@ async def _run(s: Settings, machine: Machine, loader: Loader, folder: Path) -> i
     vm = Vm(machine, s.options, loader, folder, s.log_file)
     loop = asyncio.get_running_loop()
     vm.migration = Manager(vm)
+    vm.on_event.append(_tell)
     devices = _attach(vm, s)
     killed: list[signal.Signals] = []
 
@@ -101,6 +102,16 @@ async def _run(s: Settings, machine: Machine, loader: Loader, folder: Path) -> i
             await device.close()
     status = _report(ending, killed)
     return status or (1 if stats_error else 0)
+
+
+def _tell(name: str, data: dict[str, Any]) -> None:
+    """What a user must hear of who has no QMP."""
+    if name == "ISLAND_DIED":
+        print(
+            f"atoll run: {data['cause']}; RIP={data['rip']:016x}; the machine stands still, see"
+            f" {data['report']}; system_reset or loadvm gives it another",
+            file=sys.stderr,
+        )
 
 
 async def _until_the_end(vm: Vm, devices: list[chardev.Chardev]) -> Ending:

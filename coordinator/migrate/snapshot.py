@@ -189,7 +189,8 @@ async def _save(
 # ---- loading --------------------------------------------------------------------------------------------
 async def load(vm: Vm, tag: str, vmstate: str | None = None, devices: list[str] | None = None) -> None:
     """Make the machine what it was, and let it go on if it runs now. Until memory is replaced a failure
-    leaves it as it was; after that there is no machine that could run, and its state is internal-error."""
+    leaves it as it was; after that there is no machine that could run, and its state is internal-error. A
+    machine without one of its vCPUs, which has died, gets another, and is paused."""
     _check_tag(tag)
     async with vm.media_lock:
         _still(vm)
@@ -223,8 +224,10 @@ def _found(chosen: list[Disk], tag: str, vmstate: str | None) -> Disk:
 async def _load(vm: Vm, frozen: Frozen, tag: str, place: str, images: list[str]) -> None:
     segment = _segment(vm)
     where = f"snapshot {tag}"
+    dead = any(vm.loss(index) for index in range(vm.machine.vcpus))
+    await vm.revive()
     here = await describe.describe(vm)
-    before = await _Before.of(vm, frozen)
+    before = None if dead else await _Before.of(vm, frozen)
     command = island.FetchVmState(serial=vm.next_serial(), id=place, tag=tag, path=_path(vm))
     async with _blockd(vm, command) as (sock, _):
         with FileIO(sock.fileno(), "r", closefd=False) as source:
@@ -237,13 +240,15 @@ async def _load(vm: Vm, frozen: Frozen, tag: str, place: str, images: list[str])
                     island.ApplySnapshots(serial=vm.next_serial(), tag=tag, images=tuple(images)),
                 )
             except AtollError:
-                await before.again(vm)
+                if before is not None:
+                    await before.again(vm)
                 raise
             after, frozen.after = frozen.after, "internal-error"
             try:
                 await _in_thread(lambda: _memory(segment, source, where), sock)
             except MigrationError as error:
                 raise MigrationError(f"{error}; its disks are at snapshot '{tag}', memory is lost") from None
+            vm.crew.losses.forget()
             frozen.after = after if frozen.runstate == "running" else "paused"
 
 

@@ -42,6 +42,8 @@ async def _cpus(vm: Vm, cpu: int) -> str:
         block = vm.segment.vcpu(i)
         mark = "*" if i == cpu else " "
         state = _ACTIVITY[block.arch.activity] if block.arch.activity < len(_ACTIVITY) else "?"
+        if vm.loss(i) is not None:
+            state = "dead"
         text += (
             f"{mark} CPU #{i}: {state}, pid={vm.islands[f'vcpu{i}'].pid}, instructions={block.instructions}\n"
         )

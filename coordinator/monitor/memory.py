@@ -7,10 +7,12 @@ from collections.abc import Iterator
 
 import msgspec
 
+from coordinator import postmortem
 from coordinator.contract import messages
 from coordinator.contract.errors import UsageError
 from coordinator.machine import Vm
 from coordinator.monitor.registers import register
+from coordinator.paging import Tables
 
 SIZES = {"b": 1, "h": 2, "w": 4, "g": 8}
 PAGE = 4096
@@ -55,6 +57,8 @@ def parse_address(vm: Vm, cpu: int, text: str) -> int:
 async def _read_virtual(vm: Vm, cpu: int, address: int, length: int) -> bytes:
     """Through the CPU's page tables; stops at the first page that is not mapped."""
     assert vm.segment is not None
+    if (loss := vm.loss(cpu)) is not None:
+        return postmortem.read_linear(vm.segment, Tables(vm.segment, loss.block.arch), address, length)
     data = b""
     while len(data) < length:
         at = address + len(data)
@@ -115,7 +119,8 @@ def _instructions(vm: Vm, cpu: int, shape: Format, address: int, data: bytes) ->
     from vcpu.disasm import disassemble
 
     assert vm.segment is not None
-    code = vm.segment.vcpu(cpu).arch.seg[1]
+    loss = vm.loss(cpu)
+    code = (loss.block if loss is not None else vm.segment.vcpu(cpu)).arch.seg[1]
     bits = 64 if code.attr & 0x2000 else 32 if code.attr & 0x4000 else 16
     for index, (at, text) in enumerate(disassemble(data, address, bits)):
         if index == shape.count:

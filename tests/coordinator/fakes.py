@@ -54,6 +54,9 @@ class FakeVm:
             raise answer
         return answer(command) if callable(answer) else answer
 
+    def loss(self, vcpu: int) -> None:
+        return None
+
     async def paused_command(self, role: str, command: messages.Command) -> Any:
         return await self.command(role, command)
 
