@@ -8,6 +8,7 @@ any more. A new medium under the same name is a new export with the next epoch.
 from __future__ import annotations
 
 import errno
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -15,8 +16,12 @@ from typing import Any, Protocol
 from blockd.export_image import DISK_SECTOR, open_image
 from blockd.image import Image
 from blockd.nbd.contexts import contexts_of
+from blockd.qcow2.check import repair
+from blockd.qcow2.image import Qcow2Image
 from coordinator.contract import config
 from coordinator.contract.errors import BlockError
+
+log = logging.getLogger(__name__)
 
 
 class Counters:
@@ -74,6 +79,8 @@ class Export:
         self._sessions: set[Session] = set()
         self._retired = False
         self._past = Counters()
+        #: whoever had it before has died, and may have left clusters that nothing refers to
+        self.inherited = False
 
     def join(self, session: Session) -> bool:
         """Let a session begin; False when the export is being retired.
@@ -116,8 +123,20 @@ class Export:
             self.image.flush()
         except OSError as error:
             raise BlockError(f"{self.image.file}: flush failed: {error.strerror}", error.errno or 5) from None
+        else:
+            self._win_back()
         finally:
             self.image.close()
+
+    def _win_back(self) -> None:
+        """Free what a process that died had taken and not used yet; its successor has no time for that while
+        a guest waits."""
+        image = self.image
+        if self.inherited and isinstance(image, Qcow2Image) and not image.read_only:
+            try:
+                repair(image, everything=False)
+            except (OSError, BlockError) as error:
+                log.warning("%s: leaked clusters stay: %s", image.file, error)
 
     def resize(self, size: int) -> None:
         """Make the disk larger. Sessions that are there go on with the size they were told, for NBD has no

@@ -89,6 +89,8 @@ class Service:
         gone = released(exports, self.leased.owner.uuid)
         self._source.take_over(gone.values())
         self.leased.open_all(export for export in exports if export.id not in gone)
+        for export in self.exports.all():
+            export.inherited = True
 
     def listen(self, path: str) -> None:
         """Serve NBD at a UNIX socket, too."""

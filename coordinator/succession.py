@@ -112,9 +112,10 @@ class Succession:
             if not crew.serves:
                 return
         await (self._brief_blockd() if role == BLOCKD else self._brief_host(role))
+        stood = crew.segment.guest_now()
         crew.show_time()
         blackout = time.monotonic() - began
-        await self._tell(role, dead, blackout)
+        await self._tell(role, dead, blackout, stood)
 
     async def _brief_host(self, role: str) -> None:
         crew = self._crew
@@ -137,7 +138,8 @@ class Succession:
             else:
                 await self._crew.send(BLOCKD, command)
 
-    async def _tell(self, role: str, dead: list[Island], blackout: float) -> None:
+    async def _tell(self, role: str, dead: list[Island], blackout: float, stood: int) -> None:
+        """``stood``: guest time at which it happened."""
         crew = self._crew
         self.restarts[role] = self.restarts.get(role, 0) + 1
         cause = await asyncio.to_thread(dead[0].epitaph)
@@ -151,7 +153,7 @@ class Succession:
             "ISLAND_RESTARTED",
             {
                 "role": role, "cause": cause, "blackout-ms": round(blackout * 1000, 3),
-                "restarts": self.restarts[role],
+                "restarts": self.restarts[role], "x-guest-ns": stood,
             },
         )  # fmt: skip
 

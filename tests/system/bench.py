@@ -1,7 +1,7 @@
 """`make bench`: native, QEMU (where installed) and Atoll side by side, from one run.
 
-Three sections, of which `--only` selects some: guests (this file), block (bench_block.py) and migrate
-(bench_migrate.py).
+Four sections, of which `--only` selects some: guests (this file), block (bench_block.py), migrate
+(bench_migrate.py) and crash (bench_crash.py).
 Each machine runs the same static program (tests/guests/bench) with one copy, then with two at once,
 pinned and started at a barrier; guests are booted by -kernel with two vCPUs. Then the time from start
 to init with the synchronous device round trips, and the rate at which the guest reads its CD.
@@ -27,14 +27,14 @@ from coordinator import pieces
 from coordinator.contract.errors import AtollError, ConfigError
 from tests.support import products
 from tests.support.launch import CONSOLE, HEARTBEAT_SECONDS, Guest, Launcher, end_on_sigterm
-from tests.system import bench_block, bench_migrate, figures
+from tests.system import bench_block, bench_crash, bench_migrate, figures
 
 KERNELS = {
     "sha256": "integer", "nbody": "SSE2 double", "sieve": "stores", "qsort": "calls, branches",
     "chase": "cache misses", "memcpy": "block copies", "icall": "indirect calls", "x87": "80-bit float",
     "syscall": "system calls", "fork": "processes", "pagefault": "page faults",
 }
-SECTIONS = ("guests", "block", "migrate")
+SECTIONS = ("guests", "block", "migrate", "crash")
 MACHINES = ("native", "qemu", "atoll")
 TITLES = {"native": "native", "qemu": "QEMU TCG", "atoll": "Atoll"}
 QEMU = "qemu-system-x86_64"
@@ -300,6 +300,7 @@ def main(arguments: list[str] | None = None) -> int:
     machines: dict[str, Machine] = {}
     block: bench_block.Results | None = None
     moved: bench_migrate.Results | None = None
+    crash: bench_crash.Results | None = None
     try:
         for given, known in ((kernels, KERNELS), (names, MACHINES), (sections, SECTIONS)):
             for word in given:
@@ -311,6 +312,8 @@ def main(arguments: list[str] | None = None) -> int:
             block = bench_block.run(bench_block.Plan(), say)
         if "migrate" in sections:
             moved = bench_migrate.run(bench_migrate.Plan(), say, options.launcher)
+        if "crash" in sections:
+            crash = bench_crash.run(bench_crash.Plan(), say, options.launcher)
     except AtollError as error:
         print(f"bench: {error}", file=sys.stderr)
         return error.exit_status
@@ -325,6 +328,10 @@ def main(arguments: list[str] | None = None) -> int:
         found["migrate"] = bench_migrate.as_json(moved)
         failures += moved.failures
         texts.append(bench_migrate.report(moved))
+    if crash is not None:
+        found["crash"] = bench_crash.as_json(crash)
+        failures += crash.failures
+        texts.append(bench_crash.report(crash))
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(found, indent=1) + "\n")
     seconds = time.monotonic() - begun

@@ -288,8 +288,9 @@ async def _in_time(work: Awaitable[T], seconds: float) -> T | None:
         return None
 
 
-async def carry_out(trial: Trial, first: int, guests: int, record: Callable[[Record], Any]) -> None:
-    """All that is left of a plan; what it leaves on disk is gone at the end."""
+async def carry_out(trial: Trial, record: Callable[[Record], Any], first: int = 0, guests: int = 0) -> None:
+    """Kills of a plan from number ``first`` on, with ``guests`` before; what it leaves on disk is gone at the
+    end."""
     folder = Path(tempfile.mkdtemp(prefix="atoll-lab-"))
     try:
         await Killer(trial, folder).run(first, guests, record)

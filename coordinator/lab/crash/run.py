@@ -18,8 +18,8 @@ def run(results: Crashes, progress: Progress) -> bool:
         if isinstance(found, Kill):
             progress.step(described(found))
 
-    first, guests = len(results.kills), len(results.ended)
-    return in_order(carry_out(results.plan, first, guests, record), progress)
+    guests = max((kill.guest for kill in results.kills), default=-1) + 1
+    return in_order(carry_out(results.plan, record, len(results.kills), guests), progress)
 
 
 def described(kill: Kill) -> str:
