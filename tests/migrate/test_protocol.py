@@ -527,6 +527,41 @@ def test_nobody_there(quiet: Run, where: str, why: str, monkeypatch: pytest.Monk
     quiet(test)
 
 
+@pytest.mark.parametrize("last", [b"", b"\xff\0\0\0\0\0\0\0\x01\x7f\x03"])
+def test_the_old_listener_is_just_dying(quiet: Run, last: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hardware cases, item 25: to connect succeeds, what is written first fails; or half a greeting (ZMTP,
+    RFC 23) comes first. The whole handshake is made again, with the one that listens next."""
+    monkeypatch.setattr("coordinator.migrate.link.REFUSED_SECONDS", 10)
+
+    async def test(world: World) -> None:
+        source = await world.source()
+        came: list[None] = []
+
+        async def dying(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            came.append(None)
+            writer.write(last)
+            with contextlib.suppress(OSError):
+                await writer.drain()
+            writer.close()
+
+        path = world.folder / "m1"
+        old = await asyncio.start_unix_server(dying, path)
+        source.write(77)
+        source.migration.migrate(f"unix:{path}")
+        async with asyncio.timeout(10):
+            while len(came) < 3:
+                await asyncio.sleep(0.002)
+        old.close()
+        await old.wait_closed()
+        path.unlink()
+        target = world.target()
+        assert target.uri == f"unix:{path}"
+        assert await source.done() == "completed", source.error
+        await moved(source, target)
+
+    quiet(test)
+
+
 def test_somebody_else_listens_there(quiet: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A QMP socket, say."""
     monkeypatch.setattr("coordinator.migrate.link.REFUSED_SECONDS", 0.1)
