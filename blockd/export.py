@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from blockd.export_image import DISK_SECTOR, open_image
 from blockd.image import Image
+from blockd.lease.image import LeasedImage
 from blockd.nbd.contexts import contexts_of
 from blockd.qcow2.check import repair
 from blockd.qcow2.image import Qcow2Image
@@ -131,12 +132,14 @@ class Export:
     def _win_back(self) -> None:
         """Free what a process that died had taken and not used yet; its successor has no time for that while
         a guest waits."""
-        image = self.image
-        if self.inherited and isinstance(image, Qcow2Image) and not image.read_only:
-            try:
+        if not self.inherited:
+            return
+        try:
+            image = self.image.held() if isinstance(self.image, LeasedImage) else self.image
+            if isinstance(image, Qcow2Image) and not image.read_only:
                 repair(image, everything=False)
-            except (OSError, BlockError) as error:
-                log.warning("%s: leaked clusters stay: %s", image.file, error)
+        except (OSError, BlockError) as error:
+            log.warning("%s: leaked clusters stay: %s", self.image.file, error)
 
     def resize(self, size: int) -> None:
         """Make the disk larger. Sessions that are there go on with the size they were told, for NBD has no

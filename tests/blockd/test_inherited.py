@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from blockd.export import ExportTable
+from blockd.lease.record import Owner
 from blockd.qcow2.image import Qcow2Image
+from blockd.service import Service
 from coordinator.contract.config import Export
 from tests.support.tools import run_tool
 
@@ -23,11 +24,11 @@ def test_clusters_that_a_dead_process_had_reserved_are_won_back(tmp_path: Path, 
     dead.flush()
     dead.close_files()  # as the kernel does it: nothing is given back
 
-    exports = ExportTable()
-    export = exports.open(Export("hd0", file, "qcow2"))
-    export.inherited = inherited
-    export.image.write(3 * MIB, b"y" * 512)
-    exports.close("hd0")
+    service = Service(owner=Owner("6f0d6b7e-9f0f-4a39-8f5a-2f1f4f5e9a01", "vm"))
+    exports = [Export("hd0", file, "qcow2")]
+    service.take_over(exports) if inherited else service.leased.open_all(exports)
+    service.exports.named("hd0").image.write(3 * MIB, b"y" * 512)
+    service.close()
     run_tool("qemu-img", "check", "-q", file, status=0 if inherited else 3)
     with_both = Qcow2Image(file, read_only=True)
     found = bytearray(4 * MIB)

@@ -27,7 +27,8 @@ from coordinator.lab.machine import LabError, Machine
 from coordinator.lab.qmp import Event, QmpError
 
 MS = 1e3
-BOOT_SECONDS = 300.0
+#: tells a hang, on a machine of any speed
+BOOT_SECONDS = 900.0
 #: between two looks for an island that is not there, seconds
 LOOK_SECONDS = 0.002
 #: errors of one kind that a record holds at most
@@ -92,7 +93,8 @@ class Killer:
             await machine.start()
             await _in_time(self._book.until(self._works), BOOT_SECONDS)
             if not self._works():
-                raise LabError(f"the guest does not begin: {self._book.failed or machine.last_words()}")
+                said = self._book.failed or next(iter(self._book.other[-1:]), "") or machine.last_words()
+                raise LabError(f"the guest does not begin: {said}")
             self._began = self._last = time.monotonic()
             try:
                 while self._next < self._trial.kills:
