@@ -72,6 +72,12 @@ def dismiss() -> None:
         server._stop()
 
 
+def nursery_pid() -> int | None:
+    """Of the fork server."""
+    pid: int | None = forkserver._forkserver._forkserver_pid
+    return pid
+
+
 class Inherited:
     """A descriptor that is duplicated into the child while it is being started."""
 

@@ -65,8 +65,9 @@ class Vm:
         self.state = "prelaunch"
         #: counts the coordinators that have had this guest, by migration: the higher one is right
         self.epoch = 1
-        #: see migrate/manager.py, which needs this module
+        #: see migrate/manager.py and dump.py, which need this module
         self.migration: Any = None
+        self.dumps: Any = None
         #: called with (event name, data) for QMP
         self.on_event: list[Callable[[str, dict[str, Any]], None]] = []
         self.on_serial: Callable[[int, bytes], None] = lambda index, data: None

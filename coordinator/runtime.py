@@ -56,10 +56,15 @@ def sweep(top: Path) -> None:
                 os.close(fd)
 
 
-def find(name: str) -> Path:
-    """The folder of the running machine called ``name``, or ``name-PID`` where several are; ConfigError says
-    which there are."""
+def find(name: str | None) -> Path:
+    """The folder of the running machine called ``name``, or ``name-PID`` where several are, or of the only
+    one; ConfigError says which there are."""
     running = [folder for folder in sorted(base().glob("*")) if folder.is_dir() and _lives(folder)]
+    if name is None:
+        if len(running) == 1:
+            return running[0]
+        known = ", ".join(folder.name for folder in running) or "none"
+        raise ConfigError(f"say which machine (there are: {known})")
     found = [folder for folder in running if folder.name == name]
     found = found or [folder for folder in running if folder.name.rpartition("-")[0] == _safe(name)]
     if len(found) == 1:

@@ -39,6 +39,10 @@ class Standbys:
         self._lost = dict.fromkeys(configs, 0)
         self._closed = False
 
+    def pids(self) -> dict[str, int]:
+        """Those that wait, by role."""
+        return {island.role: island.pid for island, _ in self._waiting.values()}
+
     def warm(self) -> None:
         """Have one of each kind."""
         for kind in self._configs:

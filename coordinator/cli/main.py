@@ -14,6 +14,7 @@ SUBCOMMANDS = {
     "img": ("blockd.img.main", "make, look at, check, convert and change disk images, as qemu-img does"),
     "nbd": ("blockd.nbd.command", "serve a disk image over the network, as qemu-nbd does"),
     "migrate": ("coordinator.cli.migrate", "move a running machine to another coordinator, or into a file"),
+    "top": ("coordinator.cli.top", "show the processes of a running machine, again and again"),
     "lab": ("coordinator.cli.lab", "migrate a guest again and again, and measure each migration"),
     "pieces": ("coordinator.pieces", "fetch firmware and guest pieces from Debian's packages into the cache"),
 }

@@ -18,6 +18,7 @@ from coordinator.console import Mux, SerialPort
 from coordinator.contract.config import Machine
 from coordinator.contract.errors import AtollError, ConfigError
 from coordinator.crew import Ending
+from coordinator.dump import Dumps
 from coordinator.machine import Loader, Vm
 from coordinator.migrate import snapshot
 from coordinator.migrate.manager import Manager
@@ -79,6 +80,7 @@ async def _run(s: Settings, machine: Machine, loader: Loader, folder: Path) -> i
     vm = Vm(machine, s.options, loader, folder, s.log_file)
     loop = asyncio.get_running_loop()
     vm.migration = Manager(vm)
+    vm.dumps = Dumps(vm)
     vm.on_event.append(_tell)
     devices = _attach(vm, s)
     killed: list[signal.Signals] = []

@@ -181,6 +181,26 @@ async def _delvm(c: Context, words: list[str]) -> str:
     return ""
 
 
+async def _dump(c: Context, words: list[str]) -> str:
+    flags = {word for word in words if word.startswith("-")}
+    words = [word for word in words if word not in flags]
+    if wrong := flags - {"-p", "-d"}:
+        raise UsageError(f"{min(wrong)} is not known")
+    if len(words) not in (1, 3):
+        raise UsageError("a file, or a file, where to begin and how many bytes")
+    try:
+        begin, length = (int(word, 0) for word in words[1:]) if words[1:] else (None, None)
+    except ValueError:
+        raise UsageError(f"'{words[1]}' and '{words[2]}' are not both numbers") from None
+    protocol = words[0] if words[0].startswith(("file:", "fd:")) else f"file:{words[0]}"
+    wanted, fd = c.vm.dumps.begin("-p" in flags, protocol, begin, length, "elf")
+    if "-d" in flags:
+        c.vm.spawn(c.vm.dumps.run_detached(wanted, fd))
+    else:
+        await c.vm.dumps.run(wanted, fd)
+    return ""
+
+
 def _format(c: Context, words: list[str]) -> tuple[str, str]:
     """Format and address of ``x/4xw ADDRESS`` and of ``x /4xw ADDRESS``."""
     suffix = c.suffix
@@ -215,6 +235,9 @@ COMMANDS: dict[str, Command] = {
     "savevm": Command(_savevm, "[TAG]", "keep memory, devices and disks in the disks, as a snapshot"),
     "loadvm": Command(_loadvm, "TAG", "go back to a snapshot of the whole machine"),
     "delvm": Command(_delvm, "TAG", "forget a snapshot of the whole machine"),
+    "dump-guest-memory": Command(
+        _dump, "[-p] [-d] FILE [BEGIN LENGTH]", "memory and registers as an ELF core; -p by linear addresses"
+    ),
     "x": Command(_x, "/FMT ADDRESS", "memory at a linear address"),
     "xp": Command(_xp, "/FMT ADDRESS", "memory at a guest-physical address"),
 }

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from coordinator import media
+from coordinator import census, media
 from coordinator.contract import messages
 from coordinator.machine import Vm
 from coordinator.migrate import snapshot
@@ -17,7 +16,6 @@ from coordinator.monitor import registers
 from coordinator.version import version
 
 _ACTIVITY = ("running", "halted", "waiting for SIPI", "shut down")
-_CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
@@ -168,24 +166,18 @@ def _human(size: float) -> str:
 
 
 async def _islands(vm: Vm, cpu: int) -> str:
-    """The processes of the machine."""
-    text = f"{'role':<10} {'pid':>8} {'state':<8} {'memory':>10} {'CPU':>8}\n"
-    for role, island in {"coordinator": None, **vm.islands}.items():
-        pid = island.pid if island is not None else os.getpid()
-        text += f"{role:<10.11} {pid:>8} {_process(pid)}\n"
-    return text
-
-
-def _process(pid: int) -> str:
-    """State, resident memory and CPU time, from proc(5)."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
-            fields = file.read().rpartition(")")[2].split()
-    except OSError:
-        return "gone"
-    seconds = (int(fields[11]) + int(fields[12])) / _CLOCK_TICKS
-    mebibytes = int(fields[21]) * os.sysconf("SC_PAGE_SIZE") >> 20
-    return f"{fields[0]:<8} {mebibytes:>6} MiB {seconds:>6.1f} s"
+    """The processes of the machine, and where to read of vCPUs that have died."""
+    text = f"{'role':<16} {'pid':>8} {'state':<6} {'uptime':>10} {'restarts':>8} {'memory':>10} {'CPU':>9}\n"
+    for row in census.describe(vm):
+        text += f"{row['role']:<16.16} {row['pid']:>8} "
+        if row["alive"]:
+            seconds, mebibytes = row["uptime-ms"] / 1000, row["memory"].get("resident", 0) >> 20
+            text += f"{row['state']:<6} {seconds:>8.1f} s {row['restarts']:>8} {mebibytes:>6} MiB"
+            text += f" {row['cpu-ms'] / 1000:>7.1f} s\n"
+        else:
+            text += f"{'dead':<6} {'':>10} {row['restarts']:>8}\n"
+    losses = [loss for index in range(vm.machine.vcpus) if (loss := vm.loss(index)) is not None]
+    return text + "".join(f"{loss.role}: its last state is in {loss.report}\n" for loss in losses)
 
 
 TOPICS: dict[str, Topic] = {

@@ -9,12 +9,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from coordinator import media, screen
+from coordinator import census, media, screen
 from coordinator.contract import messages
 from coordinator.contract.errors import ConfigError, IslandError
 from coordinator.machine import Vm
 from coordinator.migrate.parameters import Parameters
-from coordinator.qmp import migration, snapshots
+from coordinator.qmp import dumping, migration, snapshots
 from coordinator.version import version
 
 After = Callable[[], None]
@@ -80,6 +80,10 @@ async def query_cpus_fast(vm: Vm) -> Any:
         }
         for i in range(vm.machine.vcpus)
     ]
+
+
+async def query_islands(vm: Vm) -> Any:
+    return census.describe(vm)
 
 
 async def query_block(vm: Vm) -> Any:
@@ -179,6 +183,14 @@ COMMANDS: dict[str, Command] = {
     "query-uuid": Command(query_uuid, early=True),
     "query-cpus-fast": Command(query_cpus_fast),
     "query-block": Command(query_block),
+    "query-islands": Command(query_islands),
+    "dump-guest-memory": Command(
+        dumping.dump_guest_memory,
+        {"paging": Parameter(bool), "protocol": Parameter(str), "detach": _optional(bool)}
+        | {"begin": _optional(int), "length": _optional(int), "format": _optional(str)},
+    ),
+    "query-dump": Command(dumping.query_dump, early=True),
+    "query-dump-guest-memory-capability": Command(dumping.query_capability, early=True),
     "stop": Command(stop),
     "cont": Command(cont),
     "quit": Command(quit_, early=True),
