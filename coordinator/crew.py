@@ -108,6 +108,8 @@ class Crew:
         self.succession = Succession(self)
         self.heartbeat = Heartbeat(self, options.island_timeout)
         self.losses = Losses(self)
+        #: devices that have been unplugged by their faults, by role of their hosts
+        self.unplugged: dict[str, list[str]] = {}
         #: guest time would run, but for islands that are being replaced or do not answer
         self._time_runs = False
         self.captain = captain
@@ -204,7 +206,9 @@ class Crew:
         assert self.segment is not None
         return "devhost.main", DevhostConfig(
             index=index, machine=self.machine, segment_fd=self.segment.fd, doorbell_fd=self._doorbells[index],
-            replaces=replaces, commits=self.options.commits, **self._common,
+            replaces=replaces, commits=self.options.commits,
+            unplugged=tuple(self.unplugged.get(f"devhost{index}", ())), fault=self.options.fault,
+            **self._common,
         )  # fmt: skip
 
     def _vcpu(self, index: int) -> tuple[str, VcpuConfig]:
@@ -297,7 +301,8 @@ class Crew:
 
     def open_commands(self, role: str) -> list[messages.Command]:
         """Those that an island has not answered, oldest first."""
-        return [command for _, (to, _, command) in sorted(self._open.items()) if to == role]
+        waiting = sorted(self._open.items())
+        return [command for _, (to, future, command) in waiting if to == role and not future.done()]
 
     def fail_commands(self, role: str, error: str) -> None:
         """Nobody will answer those that an island has not answered yet."""

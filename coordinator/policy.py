@@ -19,5 +19,7 @@ class Options:
     sandbox: bool = True
     #: seconds after which a device host or block daemon that says nothing is killed and replaced; 0: never
     island_timeout: float = 30.0
+    #: for experiments: where device hosts die, see devhost/faults.py
+    fault: str = ""
     #: device hosts commit what they do, so that another one can go on where one has died
     commits: bool = True

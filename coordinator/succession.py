@@ -8,9 +8,9 @@ A block daemon's successor opens the exports again, under leases that it takes f
 listens; device hosts come back by themselves and ask again. It gets those open commands again that may be
 done twice.
 
-A device host that dies ``MOST_DEATHS`` times with an event in hand, while none ends, would do so for ever: it
-takes the machine along, and so does a block daemon that dies so often by its own fault as soon as it serves.
-Being killed before it comes to anything is no fault of its own, so that may happen more often.
+What a device host dies of again and again is left out (toll.py): the device is unplugged, the command fails.
+Where there is nothing to be left out the machine ends, and so it does when a block daemon dies
+``MOST_DEATHS`` times by its own fault as soon as it serves.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from coordinator.contract import messages
+from coordinator.contract._segment import lib
 from coordinator.contract.errors import IslandError
 from coordinator.islands import Island
+from coordinator.toll import MOST_DEATHS, Toll, Work, in_hand
 
 if TYPE_CHECKING:
     from coordinator.crew import Crew
@@ -30,9 +32,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BLOCKD = "blockd"
-MOST_DEATHS = 3
-#: deaths in a row without an event
-MOST_STARTS = 100
 #: how long a successor may take to say hello, seconds
 HELLO_SECONDS = 60.0
 #: a block daemon that has lived so long has done something, seconds
@@ -50,10 +49,8 @@ class Succession:
         self.vacant: dict[str, asyncio.Event] = {}
         #: replacements so far, by role
         self.restarts: dict[str, int] = {}
-        #: events there had been at the last death
-        self._events: dict[str, int] = {}
-        #: deaths since one has ended: with one in hand, and all
-        self._deaths: dict[str, tuple[int, int]] = {}
+        #: what device hosts have died of
+        self._tolls: dict[str, Toll] = {}
         #: deaths in a row of the block daemon by its own fault, and when it last began to serve
         self._faults, self._since = 0, 0.0
         #: whether the last order to the host was Run
@@ -80,19 +77,42 @@ class Succession:
             self._crew.spawn(self._replace(role))
         return True
 
-    def _hopeless(self, role: str) -> bool:
-        """Whether it makes no progress from death to death."""
+    async def _hopeless(self, role: str, island: Island) -> bool:
+        """Whether it would die of the same again and again, and nothing can be done about it."""
         if role == BLOCKD:
             if time.monotonic() - self._since > SOON_SECONDS:
                 self._faults = 0
             return self._faults >= MOST_DEATHS - 1
         assert self._crew.segment is not None
         block = self._crew.segment.host(int(role.removeprefix("devhost")))
-        events, in_hand = int(block.events), int(block.begun != block.events)
-        busy, deaths = self._deaths.get(role, (0, 0)) if self._events.get(role) == events else (0, 0)
-        self._events[role] = events
-        self._deaths[role] = busy, deaths = busy + in_hand, deaths + 1
-        return busy >= MOST_DEATHS or deaths >= MOST_STARTS
+        work = in_hand(block)
+        if work is not None and work.kind == lib.HAND_LOAD:
+            await asyncio.to_thread(island.epitaph)
+            if island.was_killed:
+                work = None
+        fatal = self._tolls.setdefault(role, Toll()).fatal(work, int(block.events))
+        return fatal and not self._goes_on_without(role, work)
+
+    def _goes_on_without(self, role: str, work: Work | None) -> bool:
+        """Whether there is something to be left out: the device, or the command."""
+        crew = self._crew
+        assert crew.segment is not None
+        if work is not None and work.device:
+            device, missing = crew.segment.device_name(work.device), crew.unplugged.setdefault(role, [])
+            if device not in missing:
+                missing.append(device)
+                log.error("%s: unplugged: %s has died %d times at %s", device, role, MOST_DEATHS, work)
+                told = {"device": device, "role": role, "access": str(work), "deaths": MOST_DEATHS}
+                crew.event("DEVICE_UNPLUGGED_BY_FAULT", told)
+                return True
+        elif work is not None and work.kind == lib.HAND_COMMAND:
+            for command in crew.open_commands(role):
+                if command.serial == work.number:
+                    text = f"{role} has died {MOST_DEATHS} times of {type(command).__name__}"
+                    log.error("%s", text)
+                    crew.refuse(command, text)
+                    return True
+        return False
 
     async def _replace(self, role: str) -> None:
         crew, began = self._crew, time.monotonic()
@@ -102,7 +122,7 @@ class Succession:
             dead.append(crew.islands[role])
             crew.segment.break_locks(dead[-1].pid)
             crew.drain_output(role)
-            if self._hopeless(role):
+            if await self._hopeless(role, dead[-1]):
                 await crew.mourn(role)
                 return
             self.vacant[role].clear()

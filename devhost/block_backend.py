@@ -32,7 +32,10 @@ class NbdBackend:
         self._faults = faults or Faults()
         self.completed: Callable[[int, int], None] = lambda cookie, errno: None
         self.settled: Callable[[], None] = lambda: None
+        #: told of a completion before the drive, by the place of its request in the export
+        self.answered: Callable[[int], None] = lambda place: None
         self._connected = True
+        self._places: dict[int, int] = {}
 
     @property
     def size(self) -> int:
@@ -47,16 +50,17 @@ class NbdBackend:
         return self.client.can_flush
 
     def read(self, offset: int, views: Sequence[memoryview]) -> int:
-        return self._asked(self.client.read(offset, views))
+        return self._asked(self.client.read(offset, views), offset)
 
     def write(self, offset: int, views: Sequence[memoryview]) -> int:
-        return self._asked(self.client.write(offset, views))
+        return self._asked(self.client.write(offset, views), offset)
 
     def flush(self) -> int:
         return self._asked(self.client.flush())
 
-    def _asked(self, cookie: int) -> int:
+    def _asked(self, cookie: int, place: int = 0) -> int:
         """It never completes in here."""
+        self._places[cookie] = place
         self._faults.at("block-sent")
         return cookie
 
@@ -106,6 +110,7 @@ class NbdBackend:
         if done:
             self._faults.at("block-answered")
         for cookie, errno in done:
+            self.answered(self._places.pop(cookie, 0))
             self.completed(cookie, errno)
         if done:
             self.settled()

@@ -48,6 +48,8 @@ class Slot:
     settled: Callable[[], None] | None = None
     #: what a write to this device may change besides it and the interrupt lines
     also: tuple[Slot, ...] = ()
+    #: unplugged: nothing of it is left for the guest
+    absent: bool = False
     #: its checkpoint as last committed, encoded, and where
     committed: bytes | None = None
     state_slot: int = -1
@@ -88,6 +90,8 @@ class Bus:
         self.known: dict[str, int] = {}
         #: the port map is not shown yet, see ``show_ports``
         self.silent = False
+        #: told whose the work in hand is, see hand.py: called with (device id, space, address, write)
+        self.in_hand: Callable[[int, int, int, bool], None] = lambda device, space, address, write: None
         #: -trace: called with (device name, register, width, data of all items, write)
         self.trace: Callable[[str, str, int, bytes, bool], None] | None = None
 
@@ -215,6 +219,11 @@ class Bus:
         for slot in slots:
             self.touched[slot] = None
 
+    def fired(self, *slots: Slot) -> None:
+        """A timer of the first one has come, or another thing that it has waited for; it may change these."""
+        self.in_hand(slots[0].id, 0, 0, False)
+        self.touch(*slots)
+
     def touch_all(self) -> None:
         """It may change any."""
         self.touch(*self.slots.values(), *self.beside)
@@ -260,19 +269,23 @@ class Bus:
     def _store(self, slot: Slot) -> None:
         device = slot.device
         for index, offset, range_name in slot.shadows:
-            value = device.peek(offset, range_name)
+            value = None if slot.absent else device.peek(offset, range_name)
             self.segment.set_shadow(index, SHADOW_ASK if value is None else value)
         for index, name in slot.time_sources:
-            self.segment.set_time_source(index, *device.time_state(name))
+            state = (False, 0, ONES[8]) if slot.absent else device.time_state(name)
+            self.segment.set_time_source(index, *state)
 
     # ---- accesses ------------------------------------------------------------------------------
     def _window(self, space: int, addr: int) -> Window | None:
+        found: Window | None = None
         if space == SPACE_PORT:
-            return self._ports.get(addr)
-        for window in self._memory:
-            if window.base <= addr < window.base + window.size:
-                return window
-        return None
+            found = self._ports.get(addr)
+        else:
+            for window in self._memory:
+                if window.base <= addr < window.base + window.size:
+                    found = window
+                    break
+        return None if found is None or found.slot.absent else found
 
     def holds(self, space: int, addr: int, data: bytes | None) -> bool:
         """Whether a sync access (``data``: what it writes) must wait."""
@@ -288,6 +301,7 @@ class Bus:
         window = self._window(space, addr)
         if window is None:
             return b"\xff" * (width * count)
+        self.in_hand(window.slot.id, space, addr, False)
         device, offset = window.slot.device, addr - window.base
         if count == 1:
             data = _item(device.read(offset, width, window.range_name), width)
@@ -303,7 +317,10 @@ class Bus:
 
     def _acknowledge(self) -> bytes:
         """INTA: the vector of the interrupt controller."""
-        vector = self.inta() if self.inta else 0xFF
+        if self.pic is not None:
+            self.in_hand(self.pic.id, SPACE_INTA, 0, False)
+        absent = self.pic is not None and self.pic.absent
+        vector = self.inta() if self.inta and not absent else 0xFF
         if self.pic is not None:
             self.publish(self.pic)
         elif not self.grouped:
@@ -315,6 +332,7 @@ class Bus:
         window = self._window(space, addr)
         if window is None:
             return
+        self.in_hand(window.slot.id, space, addr, True)
         device, offset = window.slot.device, addr - window.base
         if self.trace:
             self._trace(window, offset, width, data, write=True)
@@ -334,6 +352,7 @@ class Bus:
         window = self._window(space, addr)
         if window is None:
             return
+        self.in_hand(window.slot.id, space, addr, True)
         offset = addr - window.base
         if self.trace:
             self._trace(window, offset, width, _item(value, width), write=True)

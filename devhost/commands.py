@@ -41,25 +41,45 @@ class Commands:
         }
 
     def handle(self, command: messages.AnyCommand) -> Any:
+        self._present(command)
         action = self._table.get(type(command))
         if action is None:
             raise UsageError(f"a device host does not take {type(command).__name__}")
         return action(command)
 
+    def _present(self, command: messages.AnyCommand) -> None:
+        """UsageError when the command is for a device that has been unplugged."""
+        match command:
+            case messages.SerialInput(index=index):
+                name = f"serial{index}"
+            case messages.SendKeys():
+                name = "i8042"
+            case messages.PowerButton():
+                name = "acpi-pm"
+            case messages.OpenTray(drive=drive) | messages.CloseTray(drive=drive):
+                name = self._pc.drives.channel_of(drive)
+            case messages.InsertMedium(drive=config):
+                name = self._pc.drives.channel_of(config.id)
+            case _:
+                return
+        slot = self._pc.slots.get(name)
+        if slot is not None and slot.absent:
+            raise UsageError(f"{name} has been unplugged by a fault")
+
     def _run(self, command: messages.Run) -> None:
         self._quiesce.running()
-        for slot in self._pc.slots.values():
+        for slot in self._pc.present:
             slot.device.resume()
 
     def _pause(self) -> None:
-        for slot in self._pc.slots.values():
+        for slot in self._pc.present:
             slot.device.pause()
 
     def _stop(self, command: messages.Stop) -> None:
         """Pause every device; block requests in flight end before the answer."""
         self._quiesce.stopped()
         self._pause()
-        self._pc.service.drain(lambda: all(slot.device.paused() for slot in self._pc.slots.values()))
+        self._pc.service.drain(lambda: all(slot.device.paused() for slot in self._pc.present))
 
     def _reset(self, command: messages.Reset) -> None:
         self._quiesce.end_drain()

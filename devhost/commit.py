@@ -41,6 +41,7 @@ from coordinator.contract.segment import Segment
 from coordinator.contract.state_area import MOST_OUTPUT
 from devhost.bus import Bus, Slot
 from devhost.faults import Faults
+from devhost.hand import LOAD, NOTHING, Hand
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +120,7 @@ class Commits:
         #: the host has said hello: what ends now is an event of the guest's or the user's
         self.serving = False
         self._events = self._block.begun = int(self._block.events)
+        self.hand = Hand(self._block)
         #: False: nothing is committed, for measurements; the host then has no successor
         self.on = True
 
@@ -145,12 +147,18 @@ class Commits:
 
     def load(self, slots: Iterable[Slot]) -> None:
         """Let devices go on from their committed records, in this order."""
+        self.about_to()
         for slot in slots:
+            if slot.absent:
+                continue
+            self.hand.takes(LOAD, self.area.commits)
+            self.hand.of(slot.id)
             raw = self.area.get(self._slot_of(slot))
             if raw is None:
                 raise RecordError(f"device {slot.name} has no committed record")
             slot.device.restore(raw)
             slot.committed = raw
+        self.nothing()
 
     def resume(self) -> None:
         """The devices are as committed: do what their last event had left to do."""
@@ -174,10 +182,20 @@ class Commits:
         return frame if request.serial == serial else TO_NOBODY
 
     # ---- committing ----------------------------------------------------------------------------
-    def begin(self) -> None:
-        """An event is in hand."""
+    def begin(self, kind: int = NOTHING, number: int = 0) -> None:
+        """An event is in hand, see hand.py."""
+        self.hand.takes(kind, number)
         self._block.begun = self._events + 1
         self._faults.at("received")
+
+    def about_to(self) -> None:
+        """Something may come that is the event in hand then."""
+        self.hand.takes(NOTHING)
+        self._block.begun = self._events + 1
+
+    def nothing(self) -> None:
+        """What was in hand has come to nothing, and needs no end."""
+        self._block.begun = self._events
 
     def end(self, vcpu: int = -1, serial: int = 0, reply: bytes | None = None) -> None:
         """The event in hand, and all since the last call, ends; ``reply`` is what vCPU ``vcpu`` is to get."""
@@ -195,6 +213,8 @@ class Commits:
         bus, outbox = self._bus, self._outbox
         changed = False
         for slot in bus.touched:
+            if slot.absent:
+                continue
             checkpoint = encode(slot.device.checkpoint())
             if checkpoint != slot.committed:
                 self.area.put(self._slot_of(slot), checkpoint)
@@ -250,6 +270,7 @@ def untold(bus: Bus) -> list[str]:
         slot.name
         for slot in [*bus.slots.values(), *bus.beside]
         if slot not in bus.touched
+        and not slot.absent
         and slot.committed is not None
         and encode(slot.device.checkpoint()) != slot.committed
     ]

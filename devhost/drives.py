@@ -64,7 +64,13 @@ class Drives:
         backend = self._service.backends.get(ident)
         if backend is not None:
             slot = self._slot_of[ident]
-            backend.completed = self.by_id[ident].complete
+            drive = self.by_id[ident]
+
+            def completed(cookie: int, errno: int) -> None:
+                self._bus.fired(slot)
+                drive.complete(cookie, errno)
+
+            backend.completed = completed
             backend.settled = lambda: self._bus.publish(slot)
 
     def _tray(self, ident: str, is_open: bool) -> None:
@@ -94,6 +100,11 @@ class Drives:
         self.function.write(0x04, 2, COMMAND_IO_AND_MASTER)
 
     # ---- media ---------------------------------------------------------------------------------------
+    def channel_of(self, ident: str) -> str:
+        """Name of the channel that a drive is at, empty for one that is not here."""
+        slot = self._slot_of.get(ident)
+        return slot.name if slot is not None else ""
+
     def _cd(self, ident: str) -> AtapiDrive:
         drive = self.by_id.get(ident)
         if not isinstance(drive, AtapiDrive):

@@ -10,6 +10,7 @@ import signal
 from dataclasses import dataclass
 
 from coordinator.contract.errors import ConfigError
+from coordinator.contract.messages import SPACE_PORT
 
 #: in the order in which an event passes them
 POINTS = (
@@ -29,6 +30,9 @@ class Faults:
     def at(self, point: str) -> None:
         """The work has come to ``point``."""
 
+    def access(self, space: int, address: int) -> None:
+        """A register is about to be read or written."""
+
 
 @dataclass
 class Kill(Faults):
@@ -44,10 +48,26 @@ class Kill(Faults):
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
+@dataclass
+class Poison(Faults):
+    """Die by SIGSEGV whenever this port is accessed, as a device would that has a fault there."""
+
+    port: int
+
+    def access(self, space: int, address: int) -> None:
+        if space == SPACE_PORT and address == self.port:
+            os.kill(os.getpid(), signal.SIGSEGV)
+
+
 def parse(text: str) -> Faults:
-    """POINT or POINT:NTH, empty for none; ConfigError names what there is."""
+    """POINT, POINT:NTH or port:NUMBER, empty for none; ConfigError names what there is."""
     if not text:
         return Faults()
+    if text.startswith("port:"):
+        try:
+            return Poison(int(text.removeprefix("port:"), 0))
+        except ValueError:
+            raise ConfigError(f"fault {text}: is not port:NUMBER") from None
     point, _, nth = text.partition(":")
     if point not in POINTS or (nth and not (nth.isascii() and nth.isdigit() and int(nth))):
         raise ConfigError(f"fault {text}: is not POINT:NTH with a point of {', '.join(POINTS)}")

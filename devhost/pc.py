@@ -16,7 +16,7 @@ from coordinator.contract.clock import NS_PER_S, Clock, Timer
 from coordinator.contract.config import Machine
 from coordinator.contract.device import Device
 from coordinator.contract.drives import DrivePolicy
-from coordinator.contract.errors import RecordError
+from coordinator.contract.errors import RecordError, UsageError
 from coordinator.contract.registers import RegisterMap
 from coordinator.contract.state import Record, pack, unpack
 from devhost import post
@@ -161,14 +161,20 @@ class Pc:
     def plug(self, name: str, device: Device, *ports: tuple[int, str]) -> Slot:
         """Give a device its name, and ranges of it their ports."""
         slot = self.bus.add(device, name)
+        slot.absent = name in self.service.config.unplugged
         self.slots[name] = slot
         for base, range_name in ports:
             self.bus.map_ports(slot, base, range_name)
         return slot
 
+    @property
+    def present(self) -> list[Slot]:
+        """Devices that have not been unplugged."""
+        return [slot for slot in self.slots.values() if not slot.absent]
+
     def clock_of(self, *names: str) -> OwnedClock:
         """For devices of these names: what their timers change is theirs, besides interrupt lines."""
-        return OwnedClock(self.clock.clock, lambda: self.bus.touch(*(self.slots[name] for name in names)))
+        return OwnedClock(self.clock.clock, lambda: self.bus.fired(*(self.slots[name] for name in names)))
 
     def memory_changed(self) -> None:
         """Let every vCPU see the memory map as it is now."""
@@ -310,7 +316,7 @@ class Pc:
     def power_on(self) -> None:
         """State after power-on or reset; without firmware, as firmware leaves it."""
         self._quiet = True
-        for slot in self.slots.values():
+        for slot in self.present:
             slot.device.reset(hard=True)
         self.segment.reset_fabric()
         self._set_boot_order()
@@ -325,7 +331,7 @@ class Pc:
 
     def _take_over(self) -> None:
         """Go on where a predecessor died, as if paused: Run is to come."""
-        for slot in self.slots.values():
+        for slot in self.present:
             slot.device.pause()
         slots = [*self.slots.values(), self._rest]
         order = {"pc": 0, "pic": 2}  # the clock first; the PIC knows the levels of its inputs
@@ -377,7 +383,9 @@ class Pc:
             self.clock.timer(self._release_keys).arm(until)
 
     def save(self) -> dict[str, bytes]:
-        """The records of all devices by name; only while they are paused."""
+        """The records of all devices by name; only while they are paused. UsageError when one is missing."""
+        if absent := [name for name, slot in self.slots.items() if slot.absent]:
+            raise UsageError(f"{', '.join(absent)}: unplugged by a fault; its state cannot be saved")
         return {name: pack(slot.device.save()) for name, slot in self.slots.items()}
 
     def load(self, records: dict[str, bytes]) -> None:

@@ -36,7 +36,7 @@ def _live(config: DevhostConfig, segment: Segment, replaces: bool) -> None:
     """To where a device host would say hello."""
     machine = _without_media(config.machine)
     folder = rehearsal_folder(config.runtime)
-    config = msgspec.structs.replace(config, machine=machine, runtime=folder, replaces=replaces)
+    config = msgspec.structs.replace(config, machine=machine, runtime=folder, replaces=replaces, fault="")
     service = Service(config, segment)
     service.handle = Commands(Pc(service, machine)).handle
     service.end_event()

@@ -35,6 +35,7 @@ from devhost.bus import Bus
 from devhost.commit import Commits, Outbox
 from devhost.faults import Faults
 from devhost.faults import parse as parse_fault
+from devhost.hand import ACCESS, COMMAND, COMPLETION, POSTED, TIMER, VCPU_SHIFT
 from devhost.outlet import Outlet
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ class Service:
         self.outlet = Outlet(self.control)
         self.commits = Commits(segment, self.bus, self.ring, self.control, self.channel, self.faults)
         self.commits.on = config.commits
+        self.bus.in_hand = self._in_hand
         if config.replaces:
             self.commits.recover()
         self.handle: Callable[[messages.AnyCommand], Any] = lambda command: None
@@ -98,11 +100,16 @@ class Service:
         #: commands that have come while another was being obeyed
         self._later: deque[messages.AnyCommand] = deque()
 
+    def _in_hand(self, device: int, space: int, address: int, write: bool) -> None:
+        self.commits.hand.of(device, space, address, write)
+        self.faults.access(space, address)
+
     def open_block_device(self, ident: str) -> NbdBackend:
         """Connect to the block daemon's export ``ident``; the loop serves it from now on."""
         client = BlockClient(nbd_socket(self.config.runtime), ident)
         client.connect()
         backend = self.backends[ident] = NbdBackend(client, self.faults)
+        backend.answered = lambda place: self.commits.hand.takes(COMPLETION, place)
         return backend
 
     def end_event(self, vcpu: int = -1, serial: int = 0, reply: bytes | None = None) -> None:
@@ -151,12 +158,15 @@ class Service:
             backends[fd].on_writable()
         for fd in readable:
             if fd in backends:
+                self.commits.about_to()
                 backends[fd].on_readable()
             elif fd == self.config.doorbell_fd:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(fd)
         if self.bus.touched:
             self.end_event()
+        else:
+            self.commits.nothing()
 
     def drain(self, done: Callable[[], bool]) -> None:
         """Serve block devices alone until ``done``, and say that we live; IslandError when that takes too
@@ -187,7 +197,7 @@ class Service:
         now = self.clock.now()
         if deadline > now:
             return False
-        self.commits.begin()
+        self.commits.begin(TIMER, deadline)
         self._counters.timer_fires += self.clock.wheel.fire(now)
         self.bus.settle()
         self.end_event()
@@ -207,6 +217,7 @@ class Service:
         taken = 0
         while (upto is not None or taken < MOST_POSTED) and (entry := self.ring.take(upto)) is not None:
             space, addr, width, value = entry
+            self.commits.hand.takes(POSTED, self.ring.ticket)
             self.bus.post(space, addr, width, value)
             taken += 1
 
@@ -233,6 +244,7 @@ class Service:
         self.commits.begin()
         if (again := self.commits.reply_again(request)) is not None:
             self._reply(vcpu, again)
+            self.commits.nothing()
             return
         reply = self._access(request)
         frame = encode(reply)
@@ -253,6 +265,7 @@ class Service:
     def _access(self, request: messages.BusRequest) -> messages.BusReply:
         """The access itself, behind the posted writes that were made before it."""
         self._apply_posted(min(request.ticket, self._counters.next_ticket))
+        self.commits.hand.takes(ACCESS, request.vcpu << VCPU_SHIFT | request.serial)
         if self.bus.holds(request.space, request.addr, request.data if request.write else None):
             return messages.BusReply(serial=request.serial, data=b"", hold=True)
         self.segment.count_roundtrip(self.config.index, request.device)
@@ -316,6 +329,7 @@ class Service:
     def _obey(self, command: messages.AnyCommand) -> None:
         while self.ring.pending():  # what vCPUs wrote before they stopped comes before the command
             self._apply_posted(None)
+        self.commits.hand.takes(COMMAND, command.serial)
         if isinstance(command, messages.Quit):
             self._running = False
             self.control.answer(command)

@@ -133,6 +133,10 @@ def _island_timeout(s: Settings, value: str) -> None:
     s.options = dataclasses.replace(s.options, island_timeout=seconds)
 
 
+def _fault(s: Settings, value: str) -> None:
+    s.options = dataclasses.replace(s.options, fault=value)
+
+
 def _commits(s: Settings, value: str) -> None:
     kv = KeyValues("x-commits", value, implied="enable")
     on = kv.flag("enable", True)
@@ -390,6 +394,7 @@ _VALUES: dict[str, Callable[[Settings, str], None]] = {
     "incoming": _incoming,
     "sandbox": _sandbox,
     "island-timeout": _island_timeout,
+    "x-fault": _fault,
     "x-commits": _commits,
     "loadvm": _loadvm,
     "pidfile": _set("pidfile"),

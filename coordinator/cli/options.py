@@ -72,6 +72,7 @@ OPTIONS = (
     Option("loadvm", "TAG", "go on from a snapshot of the whole machine (savevm, snapshot-save)"),
     Option("sandbox", "on|off", "confine the processes of the machine, which is the default"),
     Option("island-timeout", "SECONDS", "replace an island that is silent so long; default 30, 0: never"),
+    Option("x-fault", "POINT[:NTH]|port:NUMBER", "device hosts die there (for experiments)"),
     Option("x-commits", "on|off", "off: a device host that dies takes the machine along (for measurements)"),
     Option("no-reboot", None, "end instead of resetting"),
     Option("no-shutdown", None, "stop instead of ending when the guest shuts down"),

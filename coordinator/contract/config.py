@@ -157,6 +157,8 @@ class DevhostConfig(msgspec.Struct, frozen=True):
     replaces: bool = False
     #: where a standby waits for its order, see standby.py
     order_fds: tuple[int, ...] = ()
+    #: devices that have been unplugged, by name
+    unplugged: tuple[str, ...] = ()
     #: False: nothing is committed, for measurements; nobody can take over then
     commits: bool = True
     #: for experiments: where to die, see devhost/faults.py

@@ -12,7 +12,7 @@
 #pragma once
 
 #define SEG_MAGIC 0x4c4c4f5441 /* "ATOLL" */
-#define SEG_LAYOUT 3
+#define SEG_LAYOUT 4
 
 #define SEG_PAGE 4096
 #define SEG_MAX_VCPUS 32
@@ -255,6 +255,9 @@ struct posted_entry {
     uint32_t pad;
 };
 
+/* what an event in hand is about */
+enum hand_kind { HAND_NOTHING, HAND_ACCESS, HAND_POSTED, HAND_TIMER, HAND_COMPLETION, HAND_COMMAND, HAND_LOAD };
+
 struct host_block {              /* one a device host */
     uint64_t next_ticket;        /* vCPUs: atomic fetch_add */
     uint64_t applied;            /* the host: every ticket below it is applied (release) */
@@ -270,6 +273,12 @@ struct host_block {              /* one a device host */
     uint64_t begun;              /* the host: `events`, and one more while an event is in hand (relaxed) */
     uint64_t output_head;        /* the host: bytes of the output ring that are committed (seq_cst) */
     uint64_t output_tail;        /* the coordinator: bytes that it has read (seq_cst) */
+    /* of the event in hand; the host, relaxed: read when it has died */
+    uint32_t hand_kind;
+    uint32_t hand_device;        /* whose it is; 0: no single device's */
+    uint32_t hand_space, hand_write;
+    uint64_t hand_address;       /* of an access or posted write */
+    uint64_t hand_number;        /* the same when it is done again (devhost/hand.py) */
     struct posted_entry ring[SEG_RING_SLOTS];
 };
 

@@ -90,6 +90,7 @@ class Life(Service):
         config = DevhostConfig(
             vm="test", index=0, runtime=str(guest.folder), parent=os.getpid(), machine=guest.machine,
             segment_fd=guest.segment.fd, doorbell_fd=-1, replaces=replaces,
+            unplugged=guest.unplugged,
         )  # fmt: skip
         super().__init__(config, guest.segment, guest.faults)
         self.guest = guest
@@ -98,6 +99,7 @@ class Life(Service):
         self.pc = Pc(self, guest.machine)
         self.handle = Commands(self.pc).handle
         self.end_event()
+        self.commits.serving = True
 
     def open_block_device(self, ident: str) -> Any:
         disk = Disk(self.guest.media[ident], self.faults)
@@ -144,6 +146,8 @@ class Guest:
         self.seen: list[Any] = []
         self.notices: list[Any] = []
         self.deaths = 0
+        #: devices that the next life has not any more
+        self.unplugged: tuple[str, ...] = ()
         self.life = self._born(False)
         self._listen()
 

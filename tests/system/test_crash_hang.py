@@ -1,5 +1,6 @@
 """Islands that are stopped: given the time that the user has set, then replaced; or they go on as if nothing
-had been. """
+had been.
+"""
 
 from __future__ import annotations
 
