@@ -12,7 +12,7 @@
 #pragma once
 
 #define SEG_MAGIC 0x4c4c4f5441 /* "ATOLL" */
-#define SEG_LAYOUT 4
+#define SEG_LAYOUT 3
 
 #define SEG_PAGE 4096
 #define SEG_MAX_VCPUS 32
@@ -273,13 +273,13 @@ struct host_block {              /* one a device host */
     uint64_t begun;              /* the host: `events`, and one more while an event is in hand (relaxed) */
     uint64_t output_head;        /* the host: bytes of the output ring that are committed (seq_cst) */
     uint64_t output_tail;        /* the coordinator: bytes that it has read (seq_cst) */
+    struct posted_entry ring[SEG_RING_SLOTS];
     /* of the event in hand; the host, relaxed: read when it has died */
     uint32_t hand_kind;
     uint32_t hand_device;        /* whose it is; 0: no single device's */
     uint32_t hand_space, hand_write;
     uint64_t hand_address;       /* of an access or posted write */
     uint64_t hand_number;        /* the same when it is done again (devhost/hand.py) */
-    struct posted_entry ring[SEG_RING_SLOTS];
 };
 
 /* ---- committed state (state.c): one area a device host. Writer: the host; read by its successor, never beside it ---- */

@@ -173,6 +173,7 @@ class Guest:
                 if replaces:
                     self.serial += 1
                     run = messages.Run(serial=self.serial)
+                    life.commits.about_to()
                     life._obey(run)
                     life.end_event()
                 return life

@@ -16,7 +16,6 @@ from tests.system.machine import CONSOLE, until, with_qmp
 
 def restarted(qmp: Any) -> list[dict[str, Any]]:
     events = [event["data"] for event in qmp.get_events() if event["event"] == "ISLAND_RESTARTED"]
-    qmp.clear_events()
     return events
 
 

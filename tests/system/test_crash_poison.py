@@ -18,7 +18,6 @@ def test_a_poisoned_register_costs_its_device() -> None:
 
         def told() -> list[dict[str, Any]]:
             events.extend(qmp.get_events())
-            qmp.clear_events()
             return [event["data"] for event in events if event["event"] == "DEVICE_UNPLUGGED_BY_FAULT"]
 
         machine.type(b"R")
