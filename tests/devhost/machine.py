@@ -45,7 +45,7 @@ class Host:
 
     def __init__(self, segment: Segment, clock: ManualClock) -> None:
         self.segment, self.clock = segment, clock
-        self.config = SimpleNamespace(index=0)
+        self.config = SimpleNamespace(index=0, unplugged=())
         self.bus = Bus(segment, 0)
         self.notices: list[msgspec.Struct] = []
         #: answers that came later than their command
