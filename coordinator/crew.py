@@ -286,6 +286,8 @@ class Crew:
             raise IslandError(f"{role} has died")
         self.succession.sent(role, command)
         if role in self.succession.vacant:
+            if self.ending.done():
+                raise IslandError("the machine has ended")
             return
         try:
             await self._socket.send_multipart((role.encode(), encode(command)))

@@ -53,8 +53,29 @@ class Succession:
         self._tolls: dict[str, Toll] = {}
         #: deaths in a row of the block daemon by its own fault, and when it last began to serve
         self._faults, self._since = 0, 0.0
+        #: while a migration has closed the disks: done with the role of the first device host that dies
+        self._fallen: asyncio.Future[str] | None = None
+        #: they are not closed
+        self._disks_open = asyncio.Event()
+        self._disks_open.set()
         #: whether the last order to the host was Run
         self._runs: dict[str, bool] = {}
+
+    def disks_closed(self) -> asyncio.Future[str]:
+        """No device host would find its disks: one that dies is replaced behind ``disks_opened``. The role of
+        the first that does."""
+        self._disks_open.clear()
+        self._fallen = asyncio.get_running_loop().create_future()
+        return self._fallen
+
+    def disks_opened(self) -> None:
+        self._disks_open.set()
+
+    async def _find_disks(self, role: str) -> None:
+        if role != BLOCKD and not self._disks_open.is_set():
+            if self._fallen is not None and not self._fallen.done():
+                self._fallen.set_result(role)
+            await self._disks_open.wait()
 
     def replaces(self, role: str) -> bool:
         """Whether an island of this role can be replaced."""
@@ -125,6 +146,7 @@ class Succession:
             if await self._hopeless(role, dead[-1]):
                 await crew.mourn(role)
                 return
+            await self._find_disks(role)
             self.vacant[role].clear()
             hello = await crew.start_successor(role)
             if await self._arrives(role, hello):

@@ -15,6 +15,7 @@ import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from coordinator.contract import messages as island
 from coordinator.contract.errors import AtollError, MigrationError
@@ -57,6 +58,8 @@ class Source:
         self._captured: MachineState | None = None
         self._state: messages.State | None = None
         self._disks = SourceDisks(vm, self.transfer)
+        #: the device host that died while the disks were closed
+        self._fallen: asyncio.Future[str] | None = None
         #: the target has said that the guest is there
         self._answered = False
         #: what a target that does not get the guest is told
@@ -170,7 +173,14 @@ class Source:
         """All disks at rest: what was written is durable, their images are closed, and their leases marked.
         """
         await self._disks.prepare()
+        if self._disks.leases is not None:
+            self._fallen = self.vm.crew.succession.disks_closed()
+            self._hold.callback(self._reopened)
         self._hold.push_async_callback(self._give_back)
+
+    def _reopened(self) -> None:
+        if not self.committed:
+            self.vm.crew.succession.disks_opened()
 
     async def _give_back(self) -> None:
         if not self.committed:
@@ -180,8 +190,24 @@ class Source:
         """The state of all but memory. Interrupts that are posted and not taken travel as they are, so
         nothing moves here."""
         assert self._frozen is not None
-        self._captured = await capture(self.vm, self._frozen.runstate, self._frozen.stopped_at_ns)
+        work = capture(self.vm, self._frozen.runstate, self._frozen.stopped_at_ns)
+        self._captured = await self._unless_fallen(work)
         self.status.drives = list(self._captured.drives)
+
+    async def _unless_fallen(self, work: Awaitable[MachineState]) -> MachineState:
+        """What the work gives; MigrationError when a device host dies first that has to be asked."""
+        if self._fallen is None:
+            return await work
+        task = asyncio.ensure_future(work)
+        try:
+            either: set[asyncio.Future[Any]] = {task, self._fallen}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise MigrationError(f"{self._fallen.result()} has died while its disks were at rest")
+            return task.result()
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
     async def send(self) -> None:
         """The state, which the target loads meanwhile, and guest memory, by all connections side by side."""
