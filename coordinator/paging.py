@@ -18,8 +18,8 @@ CR0_PG, CR4_PSE, CR4_PAE, EFER_LMA = 1 << 31, 0x10, 0x20, 0x400
 PRESENT, LARGE = 0x1, 0x80
 ADDRESS = 0x000F_FFFF_FFFF_F000
 PAGE_SHIFT, TABLE_BYTES = 12, 4096
-#: tables that are read at most: a guest may let tables point at one another
-MOST_TABLES = 1 << 17
+#: tables that are read at most, and runs of pages in them: a guest may let tables point at one another
+MOST_TABLES, MOST_RUNS = 1 << 16, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,9 @@ class Tables:
         """All of them, by linear address, neighbours as one. ConfigError: more than can be meant."""
         self._read = 0
         merged: list[Mapping] = []
-        for each in self._walk(self._root, 0, 0) if self.on else ():
+        for runs, each in enumerate(self._walk(self._root, 0, 0) if self.on else ()):
+            if runs > MOST_RUNS:
+                raise ConfigError(f"the guest's page tables have more than {MOST_RUNS} runs of pages")
             last = merged[-1] if merged else None
             if last and last.linear + last.size == each.linear and last.gpa + last.size == each.gpa:
                 merged[-1] = Mapping(last.linear, last.gpa, last.size + each.size)
@@ -99,12 +101,29 @@ class Tables:
         return merged
 
     def _walk(self, table: int, level: int, linear: int) -> Iterator[Mapping]:
-        entries, shift = self._table(table, level), self._shift(level)
+        entries = self._table(table, level)
+        if level == len(self._bits) - 1:
+            yield from self._pages(entries, linear)
+            return
+        shift = self._shift(level)
         for index in np.flatnonzero(entries & np.uint64(PRESENT)).tolist():
             entry, at = int(entries[index]), linear | index << shift
             if self._canonical and level == 0 and index >= 256:
                 at |= 0xFFFF << 48
             if self._is_leaf(entry, level):
                 yield Mapping(at, self._frame(entry, level), 1 << shift)
-            elif level < len(self._bits) - 1:
+            else:
                 yield from self._walk(entry & ADDRESS, level + 1, at)
+
+    @staticmethod
+    def _pages(entries: Any, linear: int) -> Iterator[Mapping]:
+        """Of a table of the last level: pages that follow one another on both sides are one run."""
+        present = np.flatnonzero(entries & np.uint64(PRESENT))
+        if not len(present):
+            return
+        frames = (entries[present] & np.uint64(ADDRESS)).astype(np.int64) >> PAGE_SHIFT
+        breaks = np.flatnonzero((np.diff(present) != 1) | (np.diff(frames) != 1)) + 1
+        begins, ends = [0, *breaks.tolist()], [*breaks.tolist(), len(present)]
+        for begin, end in zip(begins, ends, strict=True):
+            at = linear | int(present[begin]) << PAGE_SHIFT
+            yield Mapping(at, int(frames[begin]) << PAGE_SHIFT, (end - begin) << PAGE_SHIFT)
