@@ -48,6 +48,8 @@ from coordinator.succession import Succession
 
 log = logging.getLogger(__name__)
 
+#: after the start standbys are made, seconds: until then the guest, which boots, needs the processors
+WARM_AFTER_SECONDS = 3.0
 #: how long an island may take to say hello, seconds
 START_SECONDS = 60.0
 #: how long the last notice of an island may still be on its way when its death is seen, seconds
@@ -156,7 +158,7 @@ class Crew:
     def ready(self) -> None:
         """What must be done before commands may come has been done."""
         self._started.set()
-        self.standbys.warm()
+        asyncio.get_running_loop().call_later(WARM_AFTER_SECONDS, self.standbys.warm)
         self.spawn(self.heartbeat.run())
 
     async def started(self) -> None:

@@ -31,6 +31,9 @@ class FakeVm:
         self.segment = segment
         self.islands = {f"vcpu{i}": SimpleNamespace(pid=1000 + i) for i in range(2)}
         self.vcpus = ["vcpu0", "vcpu1"]
+        self.crew = SimpleNamespace(
+            succession=SimpleNamespace(restarts={}), standbys=SimpleNamespace(pids=dict[str, int])
+        )
         self.on_event: list[Callable[[str, dict[str, Any]], None]] = []
         self.media_lock = asyncio.Lock()
         self.media_held = False

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -120,12 +120,12 @@ async def refused(source: Quiet, target: Quiet) -> None:
             await asyncio.sleep(0.002)
 
 
-async def waits_on(source: Quiet, target: Quiet, good: dict[str, object]) -> None:
+async def waits_on(source: Quiet, target: Quiet, good: Mapping[str, object]) -> None:
     """The guest goes on here; the target waits, and takes the next one that comes as it wants."""
     assert (source.state, source.runs) == ("running", True)
     assert (target.state, target.ending.done()) == ("inmigrate", False)
     assert "\n" not in source.error
-    source.migration.set(good)
+    source.migration.set(dict(good))
     source.write(77)
     assert await source.migrates(target) == "completed", source.error
     assert await target.done() == "completed"
