@@ -15,6 +15,7 @@ from coordinator.cli import migrate
 from coordinator.contract.errors import AtollError
 from tests.migrate.machines import Moved, Source, Target, sequence
 from tests.migrate.test_live import started
+from tests.support.certificates import make_certificates
 from tests.system.machine import until
 
 pytestmark = pytest.mark.timeout(300)
@@ -58,6 +59,27 @@ def test_there(home: Path) -> None:
         again = atoll(a, name(a), b.uri)
         assert (again.returncode, again.stdout) == (1, "")
         assert "migrated away already" in again.stderr and again.stderr.count("\n") == 1
+        sequence(a.quit(), b.quit())
+
+
+def test_by_tls(home: Path, tmp_path: Path) -> None:
+    """Guests that run move by TLS, packed and plain; one with a stranger's certificate stays, and is told."""
+    made = make_certificates(tmp_path / "tls")
+    with started(Source(), Moved("-incoming", "defer")) as (a, b):
+        until(lambda: b.state == "inmigrate", "a machine that waits")
+        b.uri = f"unix:{b.runtime / 'migration'}"
+        b.cmd("migrate-set-parameters", tls_creds=str(made.server))
+        b.cmd("migrate-incoming", uri=b.uri)
+        words = [name(a), b.uri, "-p", "tls-hostname=localhost", "-p"]
+        wrong = atoll(a, *words, f"tls-creds={made.stranger}")
+        assert wrong.returncode == 1 and "TLS: " in wrong.stderr and wrong.stderr.count("\n") == 1, wrong
+        a.counts()
+        right = [f"tls-creds={made.client}", "-p", "multifd-channels=2", "-p", "multifd-compression=zstd"]
+        done = atoll(a, *words, *right)
+        assert done.returncode == 0, done
+        b.counts()
+        ram = a.status["ram"]
+        assert 0 < ram["transferred"] < ram["normal-bytes"]
         sequence(a.quit(), b.quit())
 
 
