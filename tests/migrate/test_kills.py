@@ -168,3 +168,28 @@ def test_islands_of_the_target(machines: Machines, role: str) -> None:
         here = settled(machines, here, there)
         here.fault("")
     machines.ends(here)
+
+
+@pytest.mark.parametrize("point", ["negotiate.done", "stop", "quiesce", "settle", "send", "release.done"])
+def test_a_vcpu_of_the_source(machines: Machines, disk: Path, point: str) -> None:
+    """Nobody takes its place. Either its state has left before, and the target runs; or the migration fails,
+    the guest stands still where it was, and the disk is still its own."""
+    here, there = machines.source(), machines.target()
+    here.fault(f"{point}=delay:{HELD}")
+    here.cmd("migrate", uri=there.uri)
+    killed_at(here, point.removesuffix(".done"), "vcpu0")
+    if here.ended()["status"] == "completed":
+        here.stands()
+        machines.has(there)
+        return
+    assert "\n" not in here.status["error-desc"]
+    until(lambda: here.cmd("query-status")["status"] == "internal-error", "the state")
+    if point == "negotiate.done":  # before a word of the guest has left: the target waits for another source
+        there.stands()
+    else:
+        assert there.dies() == 1
+    assert there.text == ""
+    assert lease(disk)["vm"] == here.machine.name
+    here.cmd("system_reset")
+    here.cmd("cont")
+    assert here.cmd("query-status")["running"]
