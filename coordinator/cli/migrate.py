@@ -32,7 +32,7 @@ UNANSWERED = (
 
 def run(arguments: list[str]) -> int:
     """The subcommand; returns its exit status."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     if options.cancel != (options.uri is None):
         raise ConfigError("--cancel takes a NAME alone" if options.cancel else "NAME and URI are wanted")
     place = uri.parse(options.uri) if options.uri else None
@@ -54,7 +54,7 @@ def run(arguments: list[str]) -> int:
             f"{options.name}: {status['status']}: {status.get('error-desc', 'no reason given')}"
         )
     if not options.quiet:
-        print(_summary(status))
+        print(_summary(status, place))
     return 0
 
 
@@ -138,7 +138,10 @@ def _follow(machine: QmpClient, name: str, bar: bool) -> dict[str, Any]:
                 print(f"\n{name}: {UNANSWERED.format(name=name)}", file=sys.stderr)
             time.sleep(POLL_SECONDS)
         except KeyboardInterrupt:
-            machine.command("migrate_cancel")
+            try:
+                machine.command("migrate_cancel")
+            except IslandError as error:  # the guest has gone, or is about to: its end is waited for
+                print(f"\n{name}: {error}", file=sys.stderr)
     if bar:
         print("\r" + " " * 79 + "\r", end="", file=sys.stderr, flush=True)
     return status
@@ -152,7 +155,9 @@ def _bar(status: dict[str, Any]) -> str:
     return f"{text}, {status['status']} {status.get('x-phase', '')}"[:78].ljust(78)
 
 
-def _summary(status: dict[str, Any]) -> str:
+def _summary(status: dict[str, Any], place: uri.Uri) -> str:
     sent = status.get("ram", {}).get("transferred", 0)
-    down = status.get("downtime", status.get("expected-downtime", 0))
-    return f"completed in {status['total-time']} ms, guest stopped for {down} ms, {sent / MIB:.1f} MiB sent"
+    text = f"completed in {status['total-time']} ms, {sent / MIB:.1f} MiB sent"
+    if place.kind == "file":
+        return f"{text}, the guest is in {place.path}"
+    return f"{text}, guest stopped for {status['downtime']} ms" if "downtime" in status else text

@@ -105,8 +105,10 @@ def read(path: Path) -> tuple[list[Any], int]:
 
 
 def gathered(paths: Iterable[Path]) -> Results:
-    """The shards of a run as one; ConfigError where two have the same experiment under different settings."""
+    """The shards of a run as one; ConfigError where two have the same experiment under different
+    settings, or with the same seed."""
     experiments: dict[str, Experiment] = {}
+    shards: dict[tuple[str, int], Path] = {}
     hosts, records = "loopback", []
     for path in paths:
         try:
@@ -124,6 +126,9 @@ def gathered(paths: Iterable[Path]) -> Results:
                     raise ConfigError(
                         f"{path}: experiment {one.name} has other settings than in another file"
                     )
+                other = shards.setdefault((one.name, one.seed), path)
+                if other is not path:
+                    raise ConfigError(f"{path}: experiment {one.name}, seed {one.seed} is in {other}, too")
     made = Results(msgspec.convert({"experiments": list(experiments.values()), "hosts": hosts}, Plan))
     for record in records:
         made.add(record)

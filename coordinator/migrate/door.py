@@ -20,6 +20,7 @@ from typing import TypeVar
 from coordinator.contract.errors import MigrationError
 from coordinator.migrate import channel
 from coordinator.migrate.channel import Tls
+from coordinator.migrate.link import free_path
 from coordinator.migrate.uri import Uri
 
 log = logging.getLogger(__name__)
@@ -52,10 +53,9 @@ class Door:
                 self.port = self._listener.getsockname()[1]
             else:
                 self.path = uri.path + PATH_SUFFIX
+                free_path(uri, PATH_SUFFIX)
                 self._listener = socket.socket(socket.AF_UNIX)
                 os.fchmod(self._listener.fileno(), 0o600)
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self.path)
                 self._listener.bind(self.path)
                 self._listener.listen()
         except OSError as error:

@@ -45,9 +45,9 @@ class Manager:
     def migrate(self, where: str) -> None:
         """Begin to move the machine away; ConfigError when that cannot even begin."""
         place = uri.parse(where)
-        self._begin()
         if self._vm.state == "inmigrate":
             raise ConfigError("Guest is waiting for an incoming migration")
+        self._begin()
         if self._vm.state == "postmigrate":
             raise ConfigError("Guest has been migrated away already")
         status = self.status = Status(self._vm.event)

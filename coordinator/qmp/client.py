@@ -24,6 +24,7 @@ class QmpClient:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(PATIENCE)
         self._rest = b""
+        self._id = 0
         try:
             self._socket.connect(str(path))
             self._receive()  # the greeting
@@ -35,7 +36,8 @@ class QmpClient:
 
     def command(self, name: str, **arguments: Any) -> Any:
         """The value that a command returns; underscores in argument names become hyphens."""
-        request: dict[str, Any] = {"execute": name}
+        self._id += 1
+        request: dict[str, Any] = {"execute": name, "id": self._id}
         if arguments:
             request["arguments"] = {key.replace("_", "-"): value for key, value in arguments.items()}
         try:
@@ -44,6 +46,8 @@ class QmpClient:
                 message = self._receive()
                 if "event" in message:
                     self.events.append(message)
+                elif message.get("id") != self._id:
+                    pass  # the answer to one whose caller was interrupted
                 elif "error" in message:
                     raise IslandError(message["error"]["desc"])
                 else:

@@ -70,6 +70,8 @@ def test_shards_are_one_run(tmp_path: Path) -> None:
         made.add(migration(index=1))
         made.close()
     assert gathered(paths).done == {"carry": 4}
+    with pytest.raises(ConfigError, match="seed 1 is in .*1.jsonl, too"):
+        gathered([*paths, tmp_path / "1.jsonl"])
 
 
 def test_shards_under_different_settings_are_not(tmp_path: Path) -> None:

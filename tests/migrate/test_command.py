@@ -53,7 +53,7 @@ def test_words_that_do_not_do(words: list[str], why: str) -> None:
 
 def test_there(home: Path) -> None:
     with started(Source(), Target()) as (a, b):
-        done = atoll(a, name(a), b.uri, "-p", "multifd-channels=2")
+        done = atoll(a, name(a), "-p", "multifd-channels=2", b.uri)
         assert done.returncode == 0 and done.stdout.startswith("completed in "), done
         b.counts()
         again = atoll(a, name(a), b.uri)

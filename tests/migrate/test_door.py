@@ -120,6 +120,17 @@ async def refused(source: Quiet, target: Quiet) -> None:
             await asyncio.sleep(0.002)
 
 
+def test_a_file_in_the_way_of_guest_memory_stays(tmp_path: Path) -> None:
+    (tmp_path / "x.ram").write_text("data")
+
+    async def test() -> None:
+        door.Door(Uri("unix", path=str(tmp_path / "x")))
+
+    with pytest.raises(AtollError, match="x.ram is there and is no socket"):
+        asyncio.run(test())
+    assert (tmp_path / "x.ram").read_text() == "data"
+
+
 async def waits_on(source: Quiet, target: Quiet, good: Mapping[str, object]) -> None:
     """The guest goes on here; the target waits, and takes the next one that comes as it wants."""
     assert (source.state, source.runs) == ("running", True)
