@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from coordinator.lab.console import Guestbook, Mark
 from coordinator.lab.guest import DRIVE, guest
@@ -18,6 +18,7 @@ from coordinator.lab.machine import LabError, Machine
 from coordinator.lab.plan import Experiment, Policy
 from coordinator.lab.qmp import Event, QmpError
 from coordinator.lab.results import Migration, Shares
+from coordinator.lab.waiting import in_time
 
 MS = 1e3
 #: a moment of migration is drawn from the seed: so long at most after the pass that was awaited, seconds
@@ -31,7 +32,6 @@ BOOT_SECONDS = 180.0
 SHARES_SECONDS = 3.0
 
 FINAL = ("completed", "failed", "cancelled")
-T = TypeVar("T")
 
 
 def properties(experiment: Experiment) -> tuple[str, ...]:
@@ -129,7 +129,7 @@ class PingPong:
         machine = self._machine = self._machine_at(self._here, "-incoming", f"file:{self._state}")
         machine.listen(self._book.feed)
         await machine.start()
-        if await _in_time(self._book.read_after(0), BOOT_SECONDS) is None:
+        if await in_time(self._book.read_after(0), BOOT_SECONDS) is None:
             raise LabError(f"the guest does not read: {self._book.failed or machine.last_words()}")
 
     async def _boot(self) -> None:
@@ -138,13 +138,13 @@ class PingPong:
         machine.listen(book.feed)
         try:
             await machine.start()
-            await _in_time(book.until_ready(), BOOT_SECONDS)
-            await _in_time(book.passes_after(0), BOOT_SECONDS)
+            await in_time(book.until_ready(), BOOT_SECONDS)
+            await in_time(book.passes_after(0), BOOT_SECONDS)
             if not book.passes or not book.passes[0].right:
                 said = book.failed or next(iter(book.other[-1:]), "") or machine.last_words()
                 raise LabError(f"the guest does not read its CD: {said}")
             await machine.qmp.command("migrate", uri=f"file:{self._state}")
-            done = await _in_time(machine.qmp.event(_migrated), MIGRATION_SECONDS)
+            done = await in_time(machine.qmp.event(_migrated), MIGRATION_SECONDS)
             if done is None or done.data["status"] != "completed":
                 status = await machine.qmp.command("query-migrate")
                 raise LabError(
@@ -207,7 +207,7 @@ class PingPong:
         if index + 1 < self._experiment.count:
             self._prepare_next()
         if lives:
-            await _in_time(self._book.passes_after(len(self._book.passes)), self._experiment.patience)
+            await in_time(self._book.passes_after(len(self._book.passes)), self._experiment.patience)
         return self._judged(index, attempt, mark, lives)
 
     async def _set_up(self, source: Machine, target: Machine, host: Host, ports: list[int], nth: int) -> None:
@@ -236,8 +236,8 @@ class PingPong:
         attempt = Attempt(asked, {}, {}, "lost")
         with contextlib.suppress(QmpError):
             await source.qmp.command("migrate", uri=uri)
-            await _in_time(source.qmp.event(_migrated_or_in_doubt, since), MIGRATION_SECONDS)
-            await _in_time(source.qmp.event(_migrated, since), DOUBT_SECONDS)
+            await in_time(source.qmp.event(_migrated_or_in_doubt, since), MIGRATION_SECONDS)
+            await in_time(source.qmp.event(_migrated, since), DOUBT_SECONDS)
         with contextlib.suppress(QmpError):
             attempt.source = await source.qmp.command("query-migrate")
         recovered = False
@@ -254,7 +254,7 @@ class PingPong:
 
     async def _recovered(self, target: Machine) -> bool:
         """A target that has everything but its source's word is shown the source's record."""
-        word = await _in_time(target.qmp.event(_migrated_or_in_doubt), DOUBT_SECONDS)
+        word = await in_time(target.qmp.event(_migrated_or_in_doubt), DOUBT_SECONDS)
         if word is None or word.data["status"] in FINAL:
             return False
         records = sorted(
@@ -263,12 +263,12 @@ class PingPong:
         for place in reversed(records):
             with contextlib.suppress(QmpError):
                 await target.qmp.command("migrate-recover", uri=f"file:{place}")
-                await _in_time(target.qmp.event(_migrated), DOUBT_SECONDS)
+                await in_time(target.qmp.event(_migrated), DOUBT_SECONDS)
                 return True
         return False
 
     async def _goes_on(self, after: int) -> bool:
-        return await _in_time(self._book.read_after(after), self._experiment.patience) is not None
+        return await in_time(self._book.read_after(after), self._experiment.patience) is not None
 
     # ---- after --------------------------------------------------------------------------------------
     def _judged(self, index: int, attempt: Attempt, mark: Mark, lives: bool) -> Migration:
@@ -343,12 +343,3 @@ def _migrated(event: Event) -> bool:
 
 def _migrated_or_in_doubt(event: Event) -> bool:
     return event.name == "MIGRATION" and event.data["status"] in (*FINAL, "postcopy-paused")
-
-
-async def _in_time(work: Awaitable[T], seconds: float) -> T | None:
-    """What it gives, None when it takes longer."""
-    try:
-        async with asyncio.timeout(seconds):
-            return await work
-    except TimeoutError:
-        return None

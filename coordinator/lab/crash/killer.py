@@ -12,10 +12,10 @@ import tempfile
 import time
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from coordinator.lab.console import Guestbook, Mark
 from coordinator.lab.crash import guest
@@ -25,6 +25,7 @@ from coordinator.lab.crash.results import Ended, Kill, Record
 from coordinator.lab.crash.statistics import complaints
 from coordinator.lab.machine import LabError, Machine
 from coordinator.lab.qmp import Event, QmpError
+from coordinator.lab.waiting import in_time
 
 MS = 1e3
 #: tells a hang, on a machine of any speed
@@ -34,7 +35,6 @@ LOOK_SECONDS = 0.002
 #: errors of one kind that a record holds at most
 MOST_TEXTS = 20
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
-T = TypeVar("T")
 
 
 class Lost(Exception):
@@ -91,7 +91,7 @@ class Killer:
         lost = digest = ""
         try:
             await machine.start()
-            await _in_time(self._book.until(self._works), BOOT_SECONDS)
+            await in_time(self._book.until(self._works), BOOT_SECONDS)
             if not self._works():
                 said = self._book.failed or next(iter(self._book.other[-1:]), "") or machine.last_words()
                 raise LabError(f"the guest does not begin: {said}")
@@ -127,7 +127,7 @@ class Killer:
             ("the CD is not read to its end", lambda: len(book.passes) > passes),
             ("the disk is not compared", lambda: book.ended),
         ):
-            await _in_time(book.until(holds), self._trial.patience)
+            await in_time(book.until(holds), self._trial.patience)
             if not holds():
                 raise Lost(book.failed or what)
         return book.disk[-1].digest
@@ -184,7 +184,7 @@ class Killer:
         """What comes of it, up to the next CD read."""
         qmp = self._machine.qmp
         phases = asyncio.ensure_future(self._phases())
-        replaced = await _in_time(
+        replaced = await in_time(
             qmp.event(lambda event: _restarted(event, pending.role), since), self._trial.patience
         )
         if phases.done():  # else it is left alone: a command without its answer would take that of the next
@@ -199,7 +199,7 @@ class Killer:
         pending.event = replaced
         pending.guest_ns = replaced.data.get("x-guest-ns", pending.guest_ns)
         after = pending.guest_ns if pending.guest_ns is not None else pending.read_at
-        if await _in_time(self._book.read_after(after), self._trial.patience) is None:
+        if await in_time(self._book.read_after(after), self._trial.patience) is None:
             pending.error = self._book.failed or "no CD read completed"
 
     async def _phases(self) -> dict[str, str]:
@@ -279,15 +279,6 @@ class Killer:
 
 def _restarted(event: Event, role: str) -> bool:
     return event.name == "ISLAND_RESTARTED" and event.data["role"] == role
-
-
-async def _in_time(work: Awaitable[T], seconds: float) -> T | None:
-    """What it gives, None when it takes longer."""
-    try:
-        async with asyncio.timeout(seconds):
-            return await work
-    except TimeoutError:
-        return None
 
 
 async def carry_out(trial: Trial, record: Callable[[Record], Any], first: int = 0, guests: int = 0) -> None:

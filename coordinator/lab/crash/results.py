@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 
 from coordinator.lab.crash.plan import Trial
@@ -89,10 +91,10 @@ class Crashes(Journal[Record]):
     decoder = msgspec.json.Decoder(Begin | Kill | Ended)
     plan: Trial
 
-    def __init__(self, *given: object, **named: object) -> None:
+    def __init__(self, plan: Trial, path: Path | None = None, resume: bool = False) -> None:
         self.kills: list[Kill] = []
         self.ended: list[Ended] = []
-        super().__init__(*given, **named)  # type: ignore[arg-type]
+        super().__init__(plan, path, resume)
 
     def keep(self, record: Record) -> None:
         if isinstance(record, Kill):
